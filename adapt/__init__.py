@@ -1,0 +1,1 @@
+"""LoRA adaptation: samples, exact NLL, one fit, the sweep over sample counts."""

@@ -1,0 +1,1 @@
+"""Running and scoring GGUF files: the llama.cpp engine and the domain scores."""

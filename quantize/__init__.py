@@ -1,0 +1,1 @@
+"""HF (+ LoRA) to GGUF, token-id parity, quantization levels, the degradation check."""

@@ -1,0 +1,1 @@
+"""The staged recipe, its domains and bases, the report, the command line."""

@@ -1,0 +1,73 @@
+"""The chat template as token ids: what is prompt, what is completion, where a turn ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tsugiki.errors import UserError
+from tsugiki.samples import EncodedSample, Sample
+
+_SENTINEL = "接木接木"
+
+
+def prompt_text(tokenizer, prompt: str, system: str | None = None) -> str:
+    """The rendered chat template of one question, up to and including the assistant's header.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def _render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the base's tokenizer has no chat template",
+            hint="Take the base's instruct variant, or give the base a chat_template file.",
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:
+        raise UserError(f"the chat template refuses roles {[m['role'] for m in messages]}: {error}") from error
+
+
+def end_of_turn_id(tokenizer) -> int:
+    """The id of the special token that the template writes after an assistant's answer.
+
+    Raises:
+        UserError: no special token follows the answer, so the model could never learn to stop.
+    """
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
+    tail = _render(tokenizer, messages, add_generation_prompt=False).rpartition(_SENTINEL)[2]
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    # A tokenizer that prepends a space marks it with a token of its own.
+    ids = [i for i in ids if tokenizer.decode([i]).strip()]
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    if not ids or ids[0] not in special:
+        raise UserError(
+            f"the chat template ends an answer with {tail!r}, not with a special token",
+            hint="Add an end-of-turn token (for example the EOS token) after the assistant's content.",
+        )
+    return ids[0]
+
+
+def encode(tokenizer, samples: Iterable[Sample], system: str | None = None) -> list[EncodedSample]:
+    """Encode samples: the prompt tokenised alone, as it is at inference, then the answer and end of turn.
+
+    The answer's ids are those of the whole text where the prompt's ids are a prefix of it; a tokenizer that
+    merges across the border has the answer tokenised alone, so that the mask never moves into the prompt.
+    """
+    end = end_of_turn_id(tokenizer)
+    encoded = []
+    for s in samples:
+        head = prompt_text(tokenizer, s.prompt, system)
+        prompt_ids = tokenizer(head, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(head + s.completion, add_special_tokens=False)["input_ids"]
+        if whole[: len(prompt_ids)] == prompt_ids:
+            completion_ids = whole[len(prompt_ids) :]
+        else:
+            completion_ids = tokenizer(s.completion, add_special_tokens=False)["input_ids"]
+        encoded.append(EncodedSample(s.id, s.prompt, s.completion, s.document, s.kind, prompt_ids, [*completion_ids, end]))
+    return encoded
