@@ -13,12 +13,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from tsugiki.quantize.tokenizer import gguf_vocabulary
 
 from tsugiki.artifacts import atomic_path
 from tsugiki.chat import end_of_turn_id
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.progress import progress
-from tsugiki.quantize.tokenizer import gguf_vocabulary
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], tied: bool) -
     problems, pairs = [], {}
     with ExitStack() as stack:
         file = open_safetensors(path, stack)
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
             if not match:
                 problems.append(f"{key} is not a LoRA matrix of a linear layer")

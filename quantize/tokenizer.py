@@ -107,7 +107,7 @@ def gguf_vocabulary(tokenizer, vocab_size: int) -> GGUFVocabulary:
             hint="The tokenizer belongs to another model, or tokens were added without resizing the embeddings.",
         )
 
-    types = {i: TokenType.NORMAL for i in texts}
+    types = dict.fromkeys(texts, TokenType.NORMAL)
     for i, token in added.items():
         types[i] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     special = _special_ids(tokenizer)
