@@ -1,0 +1,265 @@
+"""Is the GGUF the same model: token ids, chat template, BOS, and logits against transformers."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tsugiki.evaluate.engine import Engine, check_gguf
+
+from tsugiki.chat import prompt_text
+from tsugiki.errors import UserError
+from tsugiki.samples import EncodedSample
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Token ids of a GGUF against those of the Hugging Face tokenizer it was made from.
+
+    Attributes:
+        texts, identical: number of texts, and of those with the same ids.
+        unknown: texts in which llama.cpp writes the unknown token and Hugging Face does not.
+        groups: ``texts``, ``identical``, ``unknown`` and ``rate`` of each group of texts.
+        differences: the first ones of each group: ``group``, ``text``, ``at`` (index of the first id that differs),
+            ``hf_ids``, ``gguf_ids``, ``hf_tokens``, ``gguf_tokens`` and ``reason``: ``unknown`` (characters
+            outside the vocabulary), ``normalizer`` (Hugging Face changes the text before it, llama.cpp does not)
+            or ``segmentation``.
+        template: whether the stored chat template is the tokenizer's, letter for letter.
+        bos: how many BOS ids stand at the start of a rendered conversation in ``hf`` and in ``gguf``, and of a
+            plain text with special tokens added (``hf_text``, ``gguf_text``).
+    """
+
+    texts: int
+    identical: int
+    unknown: int
+    groups: dict[str, dict]
+    differences: list[dict]
+    template: bool
+    bos: dict[str, int]
+
+    @property
+    def rate(self) -> float:
+        """Share of texts with the same ids."""
+        return self.identical / self.texts if self.texts else 1.0
+
+
+def template_texts(tokenizer, prompts: Sequence[str], system: str | None = None) -> list[str]:
+    """Rendered conversations: each prompt as one turn, and the first of them as a conversation of two turns."""
+    if not tokenizer.chat_template:
+        return []
+    texts = [prompt_text(tokenizer, p, system) for p in prompts]
+    if len(prompts) > 1:
+        turns = [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": prompts[1]}]
+        turns.append({"role": "user", "content": prompts[-1]})
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return texts
+
+
+def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]], *, most: int = 10) -> Parity:
+    """Tokenize groups of texts with both, special tokens in the text parsed, nothing added.
+
+    Args:
+        gguf_path: the file; only its vocabulary is loaded.
+        tokenizer: the transformers tokenizer.
+        texts: group name -> texts, for example ``domain``, ``templates``, ``hard``.
+        most: differences kept a group.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    groups, differences = {}, []
+    with closing(_vocabulary(gguf_path)) as model:
+        unknown_id = tokenizer.unk_token_id
+
+        def gguf_ids(text: str) -> list[int]:
+            return model.tokenize(text.encode("utf-8"), add_bos=False, special=True)
+
+        for group, members in texts.items():
+            count = {"texts": 0, "identical": 0, "unknown": 0}
+            kept = 0
+            for text in members:
+                expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+                found = gguf_ids(text) if text else []
+                unknown = unknown_id is not None and found.count(unknown_id) > expected.count(unknown_id)
+                count["texts"] += 1
+                count["identical"] += found == expected
+                count["unknown"] += unknown
+                if found != expected and kept < most:
+                    kept += 1
+                    reason = "unknown" if unknown else "segmentation"
+                    plain = _normalized(tokenizer, text)
+                    if not unknown and plain is not None and plain != text and gguf_ids(plain) == expected:
+                        reason = "normalizer"
+                    differences.append(_difference(group, text, tokenizer, expected, found, reason))
+            count["rate"] = count["identical"] / count["texts"] if count["texts"] else 1.0
+            groups[group] = count
+        stored = model.metadata.get("tokenizer.chat_template")
+        bos = _count_bos(tokenizer, model)
+    return Parity(
+        texts=sum(g["texts"] for g in groups.values()),
+        identical=sum(g["identical"] for g in groups.values()),
+        unknown=sum(g["unknown"] for g in groups.values()),
+        groups=groups, differences=differences, template=stored == tokenizer.chat_template, bos=bos,
+    )
+
+
+def check_bos(found: Parity) -> None:
+    """Refuse a file that would put no BOS, or two, where the original puts one.
+
+    Raises:
+        UserError: with the counts.
+    """
+    b = found.bos
+    if b["gguf"] != b["hf"] or b["gguf_text"] != b["hf_text"] or max(b.values(), default=0) > 1:
+        raise UserError(
+            f"BOS at the start: of a conversation {b['hf']} (transformers) and {b['gguf']} (GGUF), "
+            f"of a text {b['hf_text']} and {b['gguf_text']}; equal numbers of at most 1 are needed",
+            hint="Look at bos_token and chat_template in the base's tokenizer_config.json.",
+        )
+
+
+def _vocabulary(path: Path | str):
+    from llama_cpp import Llama
+
+    check_gguf(path)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return Llama(os.fspath(path), vocab_only=True, verbose=False)
+    except ValueError as error:
+        raise UserError(
+            f"llama.cpp cannot load its vocabulary: {error} {said.getvalue().strip()}", where=str(path)
+        ) from None
+
+
+def _normalized(tokenizer, text: str) -> str | None:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer.normalize_str(text) if normalizer is not None else None
+
+
+def _difference(group: str, text: str, tokenizer, expected: list[int], found: list[int], reason: str) -> dict:
+    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    return {
+        "group": group, "text": text, "at": at, "reason": reason, "hf_ids": expected, "gguf_ids": found,
+        "hf_tokens": tokenizer.convert_ids_to_tokens(expected[at : at + 4]),
+        "gguf_tokens": tokenizer.convert_ids_to_tokens(found[at : at + 4]),
+    }
+
+
+def _count_bos(tokenizer, model) -> dict[str, int]:
+    """BOS ids at the start of a conversation (rendered text, nothing added) and of a text (all added)."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        found = model.tokenize("猫".encode(), add_bos=True, special=True)
+        plain = tokenizer("猫", add_special_tokens=False)["input_ids"]
+        return {"hf": 0, "gguf": 0, "hf_text": 0, "gguf_text": len(found) - len(plain)}
+
+    def leading(ids: list[int]) -> int:
+        return next((i for i, token in enumerate(ids) if token != bos), len(ids))
+
+    counts = {
+        "hf_text": leading(tokenizer("猫")["input_ids"]),
+        "gguf_text": leading(model.tokenize("猫".encode(), add_bos=True, special=True)),
+    }
+    if tokenizer.chat_template:
+        text = prompt_text(tokenizer, "猫")
+        counts["hf"] = leading(tokenizer(text, add_special_tokens=False)["input_ids"])
+        counts["gguf"] = leading(model.tokenize(text.encode(), add_bos=False, special=True))
+    return {"hf": 0, "gguf": 0} | counts
+
+
+# --- logits ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Logits of a GGUF against transformers in float32, over all completion tokens.
+
+    Attributes:
+        samples, tokens: how many were compared.
+        kl_mean: mean Kullback–Leibler divergence of the GGUF from transformers, nats a token.
+        max_abs: largest absolute difference of two logits.
+        top1: share of tokens at which both have the same most likely token.
+        nll_hf, nll_gguf: mean negative log-likelihood of the completion, nats a token.
+    """
+
+    samples: int
+    tokens: int
+    kl_mean: float
+    max_abs: float
+    top1: float
+    nll_hf: float
+    nll_gguf: float
+
+
+def logits_agreement(
+    gguf_path: Path | str,
+    base_dir: Path | str,
+    adapter_dir: Path | str | None,
+    samples: Sequence[EncodedSample],
+    *,
+    n: int = 32,
+    n_threads: int | None = None,
+) -> Agreement:
+    """Compare completion logits on the same ids; the adapter is merged into the base in memory.
+
+    Args:
+        samples: the first ``n`` are compared.
+
+    Raises:
+        UserError: no samples, or a vocabulary of another size.
+    """
+    import torch
+
+    samples = list(samples[:n])
+    if not samples:
+        raise UserError("no samples to compare logits on")
+    model = load_reference(base_dir, adapter_dir)
+    kl = nll_hf = nll_gguf = max_abs = 0.0
+    tokens = same = 0
+    longest = max(len(s.ids) for s in samples)
+    with torch.no_grad(), Engine(gguf_path, n_ctx=max(longest, 256), n_seq_max=1, n_threads=n_threads) as engine:
+        for index, found in engine.completion_logits(samples):
+            sample = samples[index]
+            first = len(sample.prompt_ids) - 1
+            expected = model(torch.tensor([sample.ids])).logits[0, first:-1].float().numpy()
+            if expected.shape != found.shape:
+                raise UserError(
+                    f"the GGUF's logits are {found.shape}, the base's {expected.shape}", where=str(gguf_path),
+                    hint="The file was made from another base.",
+                )
+            p, q = log_softmax(expected), log_softmax(found)
+            rows, targets = np.arange(len(p)), np.asarray(sample.completion_ids)
+            kl += float((np.exp(p) * (p - q)).sum())
+            nll_hf -= float(p[rows, targets].sum())
+            nll_gguf -= float(q[rows, targets].sum())
+            max_abs = max(max_abs, float(np.abs(expected - found).max()))
+            same += int((p.argmax(1) == q.argmax(1)).sum())
+            tokens += len(p)
+    return Agreement(len(samples), tokens, kl / tokens, max_abs, same / tokens, nll_hf / tokens, nll_gguf / tokens)
+
+
+def load_reference(base_dir: Path | str, adapter_dir: Path | str | None):
+    """The base in float32 on the CPU with the adapter merged, for comparisons."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    if adapter_dir:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter_dir, autocast_adapter_dtype=False).merge_and_unload()
+    return model.eval()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
