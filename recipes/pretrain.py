@@ -184,15 +184,25 @@ def train_tokenizer(base: TinyBase, texts: list[str]):
 
 
 def _train_bpe(texts: list[str], vocab_size: int, *, llama3: bool):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     if llama3:
         names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
                  "<|finetune_right_pad_id|>"]
-        special = dict(bos_token=names[0], eos_token=names[1], pad_token=names[5])
+        special = {"bos_token": names[0], "eos_token": names[1], "pad_token": names[5]}
     else:
         names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>"]
-        special = dict(eos_token=names[0], pad_token=names[3])
+        special = {"eos_token": names[0], "pad_token": names[3]}
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama3))
     if not llama3:
         tokenizer.normalizer = normalizers.NFC()  # as Qwen2's
@@ -249,7 +259,7 @@ def _train_unigram(texts: list[str], vocab_size: int):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return tokenizer, dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return tokenizer, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 # --- training data --------------------------------------------------------------------------------------------
@@ -314,12 +324,12 @@ def build_model(base: TinyBase, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(base.seed)
-    shape = dict(
-        vocab_size=base.vocab_size, hidden_size=base.hidden, intermediate_size=base.ffn,
-        num_hidden_layers=base.layers, num_attention_heads=base.heads, num_key_value_heads=base.kv_heads,
-        max_position_embeddings=2048, tie_word_embeddings=base.tied, rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {
+        "vocab_size": base.vocab_size, "hidden_size": base.hidden, "intermediate_size": base.ffn,
+        "num_hidden_layers": base.layers, "num_attention_heads": base.heads, "num_key_value_heads": base.kv_heads,
+        "max_position_embeddings": 2048, "tie_word_embeddings": base.tied, "rms_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }
     if base.architecture == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**shape))
     return LlamaForCausalLM(LlamaConfig(**shape))

@@ -1,0 +1,333 @@
+"""The sweep over sample counts: one adapter for each count, all scored on one frozen test set.
+
+Each point is a folder, written whole or not at all, and a trial of an Optuna study on disk. A killed sweep loses the
+points that were being trained and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tsugiki.adapt.fit import FitSettings, device_name, fit, load_base
+from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
+from tsugiki.adapt.optimum import Optimum, find_optimum
+
+from tsugiki.artifacts import atomic_path, digest, read_json, write_json
+from tsugiki.errors import UserError
+from tsugiki.progress import console, progress
+from tsugiki.samples import EncodedSample, read_encoded
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Which points to train."""
+
+    counts: tuple[int, ...] = field(default=(250, 500, 1000, 2000, 4000), metadata={"help": "sample counts"})
+    seeds: tuple[int, ...] = field(default=(0,), metadata={"help": "one fit for each seed at each count"})
+    workers: int = field(default=0, metadata={"help": "points at a time; 0: one a core on the CPU, one on a GPU"})
+    train_items: int = field(default=400, metadata={"help": "training samples scored for the train NLL"})
+    fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1 or len(set(self.counts)) < len(self.counts):
+            raise UserError(f"counts must be distinct whole numbers from 1 up, not {list(self.counts)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds must be distinct, not {list(self.seeds)}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished point of the sweep; ``nll`` and ``train_nll`` in nats/token, ``bpc`` in bits per character."""
+
+    n: int
+    seed: int
+    epochs: int
+    nll: float
+    bpc: float
+    train_nll: float
+    train_tokens: int
+    seconds: float
+    peak_rss: int
+    nll_by_kind: dict[str, float]
+
+
+def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) -> dict:
+    """Train and score every point, then keep the adapter of the best.
+
+    Args:
+        base_dir: folder of the base.
+        data: folder with ``train.jsonl`` (nested order) and ``test.jsonl``, encoded with the base's tokenizer.
+        out: folder of the sweep; finished points found there are kept when their settings are these.
+        settings: which points, and how to train.
+
+    Returns:
+        The content of ``sweep.json``.
+
+    Raises:
+        UserError: fewer training samples than the smallest count, or a fit that failed for a reason of the user's.
+    """
+    train, test = read_encoded(data / "train.jsonl"), read_encoded(data / "test.jsonl")
+    counts = [n for n in sorted(settings.counts) if n <= len(train)]
+    if not counts:
+        raise UserError(f"there are {len(train)} training samples, the smallest count is {min(settings.counts)}",
+                        hint="Name smaller counts: --set sweep.counts=[100,200,400]")
+    left_out = sorted(set(settings.counts) - set(counts))
+    if left_out:
+        console.print(f"  [yellow]counts {left_out} left out: there are {len(train)} training samples[/]")
+    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), _base_digest(base_dir)])
+    # The longest fit first, so that the workers end together.
+    wanted = [(n, seed) for n in sorted(counts, reverse=True) for seed in settings.seeds]
+    base_folder = out / "points" / "base"
+    study = _study(out)
+    missing = [p for p in wanted if not _is_done(_folder(out, *p), key)]
+    base_missing = not _is_done(base_folder, key)
+    _run_jobs(base_dir, data, out, settings, key, [None] * base_missing + missing, study)
+
+    base = read_json(base_folder / "point.json")
+    points = [Point(**read_json(_folder(out, n, s) / "point.json")["point"]) for n in counts for s in settings.seeds]
+    nats = {
+        n: np.mean([_nats(_folder(out, n, s)) for s in settings.seeds], axis=0) for n in counts
+    }
+    tokens = np.asarray([len(s.completion_ids) for s in test])
+    documents = [s.document for s in test]
+    optimum = find_optimum(nats, tokens, documents)
+    base_reading = find_optimum({0: _nats(base_folder)}, tokens, documents)
+    best = min((p for p in points if p.n == optimum.n), key=lambda p: p.nll)
+    with atomic_path(out / "adapter") as folder:
+        shutil.copytree(_folder(out, best.n, best.seed) / "adapter", folder)
+    intervals = {
+        (p.n, p.seed): find_optimum({p.n: _nats(_folder(out, p.n, p.seed))}, tokens, documents).nll_ci for p in points
+    }
+    result = {
+        "points": [{**asdict(p), "nll_ci": list(intervals[p.n, p.seed])} for p in points],
+        "base": {**base["point"], "nll_ci": list(base_reading.nll_ci)},
+        "optimum": _optimum_json(optimum),
+        "p_best_by_n": {str(n): p for n, p in optimum.p_best_by_n.items()},
+        "kept": {"n": best.n, "seed": best.seed},
+        "left_out": left_out,
+        "settings": {**asdict(settings), "device": device_name()},
+    }
+    write_json(out / "sweep.json", result)
+    return result
+
+
+def _optimum_json(optimum: Optimum) -> dict:
+    return {
+        "n": optimum.n, "nll": optimum.nll, "nll_ci": list(optimum.nll_ci), "one_se_n": optimum.one_se_n,
+        "p_best": optimum.p_best, "overfits_at": optimum.overfits_at,
+    }
+
+
+# --- points ---------------------------------------------------------------------------------------------------
+
+
+def _folder(out: Path, n: int, seed: int) -> Path:
+    return out / "points" / f"n{n:06d}-s{seed}"
+
+
+def _is_done(folder: Path, key: str) -> bool:
+    return (folder / "point.json").exists() and read_json(folder / "point.json")["key"] == key
+
+
+def _nats(folder: Path) -> np.ndarray:
+    return np.load(folder / "nats.npy", allow_pickle=False)
+
+
+def _file_digest(data: Path) -> str:
+    from tsugiki.artifacts import sha256_file
+
+    return digest([sha256_file(data / "train.jsonl"), sha256_file(data / "test.jsonl")])
+
+
+def _base_digest(base_dir: Path) -> list:
+    return [[p.name, p.stat().st_size] for p in sorted(base_dir.iterdir()) if p.is_file()]
+
+
+def _workers(settings: SweepSettings) -> int:
+    if settings.workers:
+        return settings.workers
+    return 1 if device_name() == "cuda" else max(1, len(os.sched_getaffinity(0)))
+
+
+def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
+    """Run the missing points in worker processes: small matrices do not fill two threads, two points do."""
+    if not jobs:
+        return
+    workers = min(_workers(settings), len(jobs))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    trials = {job: _ask(study, *job) for job in jobs if job}
+    context = multiprocessing.get_context("spawn")
+    (out / "progress").mkdir(parents=True, exist_ok=True)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool, progress() as bar:
+            futures, bars = {}, {}
+            for job in jobs:
+                label = "base" if job is None else f"{job[0]:,} samples" + (f", seed {job[1]}" if len(settings.seeds) > 1 else "")
+                bars[job] = bar.add_task(label, total=None, note="waiting", start=False)
+                futures[pool.submit(_train_point, base_dir, data, out, settings, key, job, threads, os.getpid())] = job
+            pending = set(futures)
+            while pending:
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for job in bars:
+                    _show(bar, bars[job], _progress_file(out, job))
+                for future in finished:
+                    job = futures[future]
+                    try:
+                        nll = future.result()
+                    except BaseException:
+                        for other in pending:
+                            other.cancel()
+                        raise
+                    if job:
+                        study.tell(trials.pop(job), nll)
+                    bar.update(bars[job], total=1, completed=1, note=f"test NLL {nll:.4f}")
+                    console.print(f"  {bar.tasks[bars[job]].description}: test NLL {nll:.4f} nats/token")
+    finally:
+        from optuna.trial import TrialState
+
+        for trial in trials.values():
+            study.tell(trial, state=TrialState.FAIL)
+        shutil.rmtree(out / "progress", ignore_errors=True)
+
+
+def _progress_file(out: Path, job: tuple[int, int] | None) -> Path:
+    return out / "progress" / ("base.json" if job is None else f"n{job[0]}-s{job[1]}.json")
+
+
+def _show(bar, task, path: Path) -> None:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if bar.tasks[task].finished:
+        return
+    bar.start_task(task)
+    bar.update(task, total=state["steps"], completed=state["step"], note=state.get("note") or f"loss {state['loss']:.3f}")
+
+
+def _train_point(base_dir, data, out, settings, key, job, threads, parent) -> float:
+    """Train and score one point (or score the base, where ``job`` is none) in a process of its own."""
+    import logging
+    import warnings
+
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    _die_with(parent)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    began = time.monotonic()
+    train, test = read_encoded(data / "train.jsonl"), read_encoded(data / "test.jsonl")
+    progress_file = _progress_file(out, job)
+    fitted = None
+    if job is None:
+        folder = out / "points" / "base"
+        model = load_base(base_dir, four_bit=settings.fit.four_bit, exact=True).eval()
+    else:
+        n, seed = job
+        folder = _folder(out, n, seed)
+        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        trained, fitted = fit(
+            base_dir, tokenizer, train[:n], settings.fit, out / "progress" / f"work-n{n}-s{seed}",
+            seed=seed, progress_file=progress_file,
+        )
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        if job is not None:
+            trained.save_pretrained(temporary / "adapter", safe_serialization=True)
+            _name_base(temporary / "adapter", base_dir)
+            model = _exact(base_dir, temporary / "adapter", trained, settings)
+
+        def scoring(done: int) -> None:
+            progress_file.write_text(json.dumps({"step": done, "steps": len(test), "loss": 0.0, "note": "scoring"}))
+
+        nll = completion_nll(model, test, on_done=scoring)
+        shown = train[: job[0]] if job else train
+        train_nll = completion_nll(model, shown[: settings.train_items])
+        np.save(temporary / "nats.npy", nll.nats, allow_pickle=False)
+        point = Point(
+            n=job[0] if job else 0, seed=job[1] if job else 0, epochs=settings.fit.epochs if job else 0,
+            nll=nll.per_token, bpc=bits_per_character(nll, test), train_nll=train_nll.per_token,
+            train_tokens=fitted.train_tokens if fitted else 0, seconds=round(time.monotonic() - began, 2),
+            peak_rss=fitted.peak_rss if fitted else 0, nll_by_kind=_by_kind(nll, test),
+        )
+        write_json(temporary / "point.json", {"key": key, "point": asdict(point), "losses": fitted.losses if fitted else []})
+    return point.nll
+
+
+def _exact(base_dir: Path, adapter: Path, trained, settings: SweepSettings):
+    """The model to score with: float32 on the CPU; on a GPU the trained model itself, whose base may be in 4 bits."""
+    if device_name() == "cuda":
+        return trained.eval()
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(base_dir, exact=True), adapter).eval()
+
+
+def _name_base(adapter: Path, base_dir: Path) -> None:
+    """Name the base in the adapter's files by its name, not by a path of this machine."""
+    config = read_json(adapter / "adapter_config.json")
+    config["base_model_name_or_path"] = base_dir.name
+    write_json(adapter / "adapter_config.json", config)
+    (adapter / "README.md").unlink(missing_ok=True)
+
+
+def _by_kind(nll: Nll, samples: Sequence[EncodedSample]) -> dict[str, float]:
+    kinds = np.asarray([s.kind for s in samples])
+    return {
+        str(k): float(nll.nats[kinds == k].sum() / nll.tokens[kinds == k].sum()) for k in np.unique(kinds) if k
+    }
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when its parent is killed, so that nothing trains on unseen."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- the study ------------------------------------------------------------------------------------------------
+
+
+def _distributions() -> dict:
+    from optuna.distributions import IntDistribution
+
+    return {"n": IntDistribution(1, 100_000_000), "seed": IntDistribution(0, 2**31 - 1)}
+
+
+def _study(out: Path):
+    """The Optuna study of this sweep; trials that a kill left running are marked as failed."""
+    import optuna
+    from optuna.trial import TrialState
+
+    out.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="sweep", storage=f"sqlite:///{(out / 'study.sqlite3').resolve()}", direction="minimize", load_if_exists=True
+    )
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _ask(study, n: int, seed: int):
+    study.enqueue_trial({"n": n, "seed": seed})
+    return study.ask(_distributions())
