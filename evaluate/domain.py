@@ -1,0 +1,101 @@
+"""The domain's own test: real answers of a model file, scored, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tsugiki.errors import UserError
+from tsugiki.evaluate.engine import Engine
+from tsugiki.evaluate.score import score
+from tsugiki.samples import EncodedSample
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to one sample.
+
+    Attributes:
+        finished: ``stop``, ``length`` or ``context``; the last two are truncated answers.
+        seconds: from admission to the last token, in a batch with other answers.
+    """
+
+    id: str
+    document: str
+    kind: str
+    text: str
+    reference: str
+    score: float
+    finished: str
+    seconds: float
+
+
+def domain_answers(
+    engine: Engine,
+    samples: Sequence[EncodedSample],
+    *,
+    scoring: str,
+    max_new_tokens: int,
+    end_of_turn: int,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Greedy answers of a model to the samples' prompts, scored against their completions, in input order.
+
+    Raises:
+        UserError: no sample, an unknown score, or a prompt that does not fit the context.
+    """
+    if not samples:
+        raise UserError("there is no sample to answer")
+    score(scoring, "", "")
+    generated = engine.generate(
+        [s.prompt_ids for s in samples],
+        max_new_tokens=max_new_tokens,
+        stop_ids=[end_of_turn],
+        on_done=on_done,
+    )
+    answers = []
+    for s, g in zip(samples, generated, strict=True):
+        text = engine.detokenize(g.ids).strip()
+        points = score(scoring, text, s.completion)
+        answers.append(Answer(s.id, s.document, s.kind, text, s.completion, points, g.finished, g.seconds))
+    return answers
+
+
+def clustered_stderr(values: Sequence[float], documents: Sequence[str]) -> float | None:
+    """Standard error of a mean whose items come in documents: that of a ratio of document sums to counts.
+
+    ``sqrt(D / (D − 1) · Σ_d (Σ_{i in d} (x_i − mean))²) / N`` over ``D`` documents and ``N`` items (Cochran,
+    Sampling Techniques, §6.3, with equal weights); ``None`` for fewer than two documents.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    groups = np.unique(np.asarray(documents, dtype=str), return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    if count < 2:
+        return None
+    residuals = np.bincount(groups, values - values.mean(), count)
+    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(values))
+
+
+def summarize(answers: Sequence[Answer]) -> dict:
+    """JSON-ready means over all answers and over each kind.
+
+    Returns:
+        ``{"n", "documents", "mean", "stderr", "truncated", "kinds": {kind: the same}}``; ``truncated`` is the share
+        of answers that did not end by themselves, ``stderr`` clusters by document. ``kinds`` is empty where all
+        answers are of one kind.
+    """
+
+    def one(part: Sequence[Answer]) -> dict:
+        return {
+            "n": len(part),
+            "documents": len({a.document for a in part}),
+            "mean": float(np.mean([a.score for a in part])),
+            "stderr": clustered_stderr([a.score for a in part], [a.document for a in part]),
+            "truncated": sum(a.finished != "stop" for a in part) / len(part),
+        }
+
+    kinds = sorted({a.kind for a in answers})
+    by_kind = {k: one([a for a in answers if a.kind == k]) for k in kinds} if len(kinds) > 1 else {}
+    return {**one(answers), "kinds": by_kind}
