@@ -1,0 +1,452 @@
+"""The staged recipe, top to bottom: a domain and a base go in, a small model and its proof come out.
+
+    data → sweep → gguf → levels → check → evaluate → report
+
+Each stage is a function of a :class:`Run` and writes one folder of ``runs/<domain>/<base>/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsugiki.adapt.fit import FitSettings
+from tsugiki.adapt.sweep import SweepSettings, run_sweep
+from tsugiki.artifacts import read_json, sha256_file, sha256_tree, write_json
+from tsugiki.bases import Base, fingerprint, load_bases, profile, resolve
+from tsugiki.errors import UserError
+from tsugiki.progress import console
+from tsugiki.quantize.check import CheckSettings
+from tsugiki.recipes.domains import Domain, domain_digest, load_domain, load_splits
+from tsugiki.recipes.stages import code_digest, run_stage, stage_hash
+from tsugiki.results import Result, replace_results
+from tsugiki.samples import read_encoded, write_encoded
+
+BASES = Path(__file__).parent / "bases.yaml"
+STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate", "report")
+LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
+LARGE = 500_000_000  # parameters from which a base wants a small rank and rate
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """All settings of a run; ``--set sweep.epochs=3`` and the like change them."""
+
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    levels: tuple[str, ...] = LEVELS
+    check: CheckSettings = field(default_factory=CheckSettings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One domain on one base: what the stages share."""
+
+    domain: Domain
+    base: Base
+    base_dir: Path
+    folder: Path
+    data_dir: Path | None
+    settings: RecipeSettings
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain.name}/{self.base.name}"
+
+
+def open_run(
+    domain: str, base: str, *, runs: Path = Path("runs"), data_dir: Path | None = None, changes: list[str] | None = None
+) -> Run:
+    """Find the domain and the base, and settle the settings.
+
+    Args:
+        domain: a domain's name or YAML.
+        base: a name in ``bases.yaml`` or a folder.
+        runs: where runs are kept.
+        data_dir: where the domain's files lie.
+        changes: ``key=value`` settings.
+
+    Raises:
+        UserError: an unknown domain, base or setting; a base that cannot be had.
+    """
+    found = load_domain(domain)
+    bases = load_bases(BASES)
+    base_dir = resolve(base, bases)
+    known = bases.get(base) or Base(name=_folder_name(base_dir), path=base_dir, family="")
+    large = (profile(base_dir).parameters or 0) >= LARGE
+    settings = settle(found, changes or [], large=large)
+    return Run(found, known, base_dir, runs / found.name / known.name, data_dir, settings)
+
+
+def _folder_name(folder: Path) -> str:
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.name).strip(".-")
+    if not name:
+        raise UserError(f"the folder {folder} has no name that could name a base", hint="Rename it.")
+    return name
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+def settle(domain: Domain, changes: list[str], *, large: bool) -> RecipeSettings:
+    """The settings of a run: the kit's defaults for the base's size, the domain's own, then the user's."""
+    fit = FitSettings()
+    if large:
+        fit = FitSettings(rank=16, alpha=32, learning_rate=2e-4, epochs=3, batch_size=16, micro_batch=2)
+    settings = RecipeSettings(sweep=SweepSettings(fit=fit))
+    for key, value in domain.sweep.items():
+        settings = _change(settings, f"sweep.{key}", value, where=f"{domain.path.name} (sweep.{key})")
+    settings = _change(settings, "check.items", domain.check_items, where=domain.path.name)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"--set wants key=value, not {change!r}", hint="For example --set sweep.epochs=3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {key}: {text!r} is not a value: {error}") from error
+        settings = _change(settings, key.strip(), value, where=f"--set {key}")
+    return settings
+
+
+def setting_names() -> dict[str, dataclasses.Field]:
+    """Every key that ``--set`` takes, with its field."""
+    names = {f"sweep.{f.name}": f for f in dataclasses.fields(SweepSettings) if f.name != "fit"}
+    names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
+    names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
+    names["levels"] = next(f for f in dataclasses.fields(RecipeSettings) if f.name == "levels")
+    return names
+
+
+def _change(settings: RecipeSettings, key: str, value: Any, *, where: str) -> RecipeSettings:
+    names = setting_names()
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        raise UserError(f"there is no setting {key!r}", where=where,
+                        hint=f"Did you mean {near[0]}? All: {', '.join(names)}" if near else f"All: {', '.join(names)}")
+    value = _cast(value, names[key], where)
+    section, _, name = key.rpartition(".")
+    try:
+        if key == "levels":
+            return dataclasses.replace(settings, levels=value)
+        if section == "check":
+            return dataclasses.replace(settings, check=dataclasses.replace(settings.check, **{name: value}))
+        sweep = settings.sweep
+        if name in {f.name for f in dataclasses.fields(FitSettings)}:
+            if name == "batch_size":
+                value = {"batch_size": value, "micro_batch": min(value, sweep.fit.micro_batch)}
+            sweep = dataclasses.replace(sweep, fit=dataclasses.replace(sweep.fit, **(value if isinstance(value, dict) else {name: value})))
+        else:
+            sweep = dataclasses.replace(sweep, **{name: value})
+        return dataclasses.replace(settings, sweep=sweep)
+    except UserError as error:
+        raise UserError(str(error), where=where) from error
+
+
+def _cast(value: Any, target: dataclasses.Field, where: str) -> Any:
+    """Check a YAML value against a field's type."""
+    kind = str(target.type)
+    if kind.startswith("tuple"):
+        inner = int if "int" in kind else str
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(i, inner) and not isinstance(i, bool) for i in items):
+            return tuple(items)
+    elif kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind)):
+        return value
+    elif kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind.startswith("str") and isinstance(value, str):
+        return value
+    raise UserError(f"{target.name} must be of type {kind}, not {value!r}", where=where)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------
+
+
+def run_recipe(run: Run, stages: tuple[str, ...] = STAGES) -> Path:
+    """Run the stages that are not done yet, in order; returns the run's folder."""
+    unknown = [s for s in stages if s not in STAGES]
+    if unknown:
+        raise UserError(f"there is no stage {unknown[0]!r}", hint=f"The stages: {', '.join(STAGES)}")
+    began = time.monotonic()
+    console.print(f"[bold]{run.domain.title['ja']}[/] ({run.domain.name}) on [bold]{run.base.name}[/] → {run.folder}")
+    steps = {
+        "data": data_stage, "sweep": sweep_stage, "gguf": gguf_stage, "levels": levels_stage,
+        "check": check_stage, "evaluate": evaluate_stage, "report": report_stage,
+    }
+    ran = [name for name in STAGES if name in stages and steps[name](run)]
+    if ran:
+        console.print(f"[bold]{run.name}[/]: {', '.join(ran)} in {time.monotonic() - began:.0f} s")
+    else:
+        console.print(f"[bold]{run.name}[/]: nothing to do, every stage is done")
+    return run.folder
+
+
+def data_stage(run: Run) -> bool:
+    """Samples: read, validated, split, without duplicates across splits, encoded with the base's chat template."""
+    domain = run.domain
+    inputs = {
+        "domain": domain_digest(domain, run.data_dir),
+        "system": domain.system,
+        "max_tokens": domain.max_tokens,
+        "base": fingerprint(run.base_dir),
+        "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from transformers import AutoTokenizer
+
+        from tsugiki.adapt.samples import drop_long
+        from tsugiki.chat import encode, end_of_turn_id, supply_template
+
+        base_dir = supply_template(run.base_dir, run.base.family, folder / "base")
+        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        splits = load_splits(domain, run.data_dir)
+        dropped = dict(splits.dropped)
+        encoded = {}
+        for name in ("train", "valid", "test"):
+            kept, lost = drop_long(encode(tokenizer, getattr(splits, name), domain.system), domain.max_tokens, split=name)
+            encoded[name] = kept
+            dropped |= lost
+            write_encoded(folder / f"{name}.jsonl", kept)
+        everything = [s for part in encoded.values() for s in part]
+        if not encoded["train"] or not encoded["test"]:
+            raise UserError(f"the domain {domain.name} has {len(encoded['train'])} training and {len(encoded['test'])} test samples",
+                            hint="Both are needed.")
+        kinds: dict[str, int] = {}
+        for s in encoded["test"]:
+            kinds[s.kind or "all"] = kinds.get(s.kind or "all", 0) + 1
+        write_json(
+            folder / "data.json",
+            {
+                "domain": domain.name, "title": domain.title, "base": run.base.name, "licence": domain.licence,
+                "credit": domain.credit, "system": domain.system, "scoring": domain.scoring,
+                "end_of_turn": end_of_turn_id(tokenizer),
+                "samples": {**{k: len(v) for k, v in encoded.items()}, "dropped": sum(dropped.values())},
+                "dropped_by": dropped, "kinds": kinds,
+                "tokens": {
+                    "prompt_mean": sum(len(s.prompt_ids) for s in everything) / len(everything),
+                    "completion_mean": sum(len(s.completion_ids) for s in everything) / len(everything),
+                    "longest": max(len(s.ids) for s in everything),
+                },
+            },
+        )
+        counts = ", ".join(f"{k} {len(v):,}" for k, v in encoded.items())
+        console.print(f"  {counts}; dropped {sum(dropped.values()):,}")
+        return [folder / f"{n}.jsonl" for n in ("train", "valid", "test")] + [folder / "data.json"]
+
+    return run_stage(run.folder / "data", inputs, work, console_title="samples, splits, token ids")
+
+
+def _base_dir(run: Run) -> Path:
+    """The base as the stages load it: with a chat template, its own or the family's."""
+    supplied = run.folder / "data" / "base"
+    return supplied if supplied.exists() else run.base_dir
+
+
+def sweep_stage(run: Run) -> bool:
+    """One adapter for each sample count, all scored on the same test samples; the best is kept."""
+    inputs = {
+        "data": stage_hash(run.folder / "data"),
+        "base": fingerprint(run.base_dir),
+        "settings": dataclasses.asdict(run.settings.sweep),
+        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        result = run_sweep(_base_dir(run), run.folder / "data", folder, run.settings.sweep)
+        best = result["optimum"]
+        console.print(
+            f"  optimum: {best['n']:,} samples, test NLL {best['nll']:.4f} nats/token "
+            f"({best['nll_ci'][0]:.4f} to {best['nll_ci'][1]:.4f}); within one standard error: {best['one_se_n']:,}"
+        )
+        replace_results(
+            run.folder.parent.parent / "results.sqlite", run.name, "sweep",
+            [
+                Result(run.name, run.base.name, run.domain.name, "nll", p["nll"], adapter=f"n{p['n']}-s{p['seed']}",
+                       settings={"n": p["n"], "seed": p["seed"], "epochs": p["epochs"], "ci": p["nll_ci"]})
+                for p in result["points"]
+            ],
+        )
+        return [folder / "sweep.json", folder / "adapter"]
+
+    return run_stage(run.folder / "sweep", inputs, work, console_title="LoRA at each sample count", keep_partial=True)
+
+
+def gguf_stage(run: Run) -> bool:
+    """Base and best adapter as one F16 GGUF; the same token ids and logits as transformers, or it is said."""
+    inputs = {
+        "sweep": stage_hash(run.folder / "sweep"),
+        "data": stage_hash(run.folder / "data"),
+        "base": fingerprint(run.base_dir),
+        "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity",
+                            "tsugiki.quantize.texts"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from transformers import AutoTokenizer
+
+        from tsugiki.quantize.convert import convert
+        from tsugiki.quantize.parity import check_bos, logits_agreement, parity, template_texts
+        from tsugiki.quantize.texts import HARD_TEXTS
+
+        base_dir, adapter = _base_dir(run), run.folder / "sweep" / "adapter"
+        out = folder / "model-F16.gguf"
+        written = convert(base_dir, out, adapter, name=f"{run.base.name}-{run.domain.name}",
+                          licence=run.base.licence or None, base_model=run.base.hub_id or run.base.name)
+        convert(base_dir, folder / "base-F16.gguf", name=run.base.name)
+        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        test = read_encoded(run.folder / "data" / "test.jsonl")
+        texts = {
+            "domain": [s.prompt for s in test] + [s.completion for s in test],
+            "template": template_texts(tokenizer, [s.prompt for s in test], run.domain.system),
+            "hard": HARD_TEXTS,
+        }
+        same = parity(out, tokenizer, texts)
+        check_bos(same)
+        agreement = logits_agreement(out, base_dir, adapter, test)
+        console.print(
+            f"  token ids: {same.identical:,} of {same.texts:,} texts as in transformers; logits: KL {agreement.kl_mean:.1e} "
+            f"nats/token, NLL {agreement.nll_hf:.4f} → {agreement.nll_gguf:.4f}"
+        )
+        write_json(
+            folder / "gguf.json",
+            {
+                "path": out.name, "bytes": written.bytes, "sha256": sha256_file(out), "bpw": 8 * written.bytes / written.parameters,
+                "conversion": dataclasses.asdict(written) | {"path": out.name},
+                "parity": {"texts": same.texts, "identical": same.identical, "rate": same.rate},
+                "parity_groups": [{"group": g, **v} for g, v in same.groups.items()],
+                "differences": same.differences,
+                "template_identical": same.template, "bos": same.bos,
+                "logits": dataclasses.asdict(agreement),
+            },
+        )
+        return [out, folder / "base-F16.gguf", folder / "gguf.json"]
+
+    return run_stage(run.folder / "gguf", inputs, work, console_title="base + adapter as F16 GGUF, compared with transformers")
+
+
+def levels_stage(run: Run) -> bool:
+    """The quantized files, and what was really written into them."""
+    inputs = {
+        "gguf": stage_hash(run.folder / "gguf"),
+        "levels": list(run.settings.levels),
+        "code": code_digest("tsugiki.quantize.levels"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from tsugiki.quantize.levels import make_level
+
+        f16 = run.folder / "gguf" / "model-F16.gguf"
+        rows = []
+        for level in run.settings.levels:
+            out = folder / f"model-{level}.gguf"
+            made = make_level(f16, level, out)
+            rows.append({**dataclasses.asdict(made), "level": level, "path": out.name, "sha256": sha256_file(out)})
+            console.print(f"  {level:<7} {made.bytes / 1e6:7.1f} MB  {made.bpw:5.2f} bits/weight"
+                          + (f"  [yellow]{len(made.fallbacks)} tensors in another type[/]" if made.fallbacks else ""))
+        write_json(folder / "levels.json", {"levels": rows})
+        return [folder / f"model-{level}.gguf" for level in run.settings.levels] + [folder / "levels.json"]
+
+    return run_stage(run.folder / "levels", inputs, work, console_title="quantization")
+
+
+def _level_paths(run: Run) -> dict[str, Path]:
+    return {level: run.folder / "levels" / f"model-{level}.gguf" for level in run.settings.levels}
+
+
+def check_stage(run: Run) -> bool:
+    """What each level lost, measured on the same test ids against F16, and which file to take."""
+    settings = run.settings.check
+    inputs = {
+        "gguf": stage_hash(run.folder / "gguf"),
+        "levels": stage_hash(run.folder / "levels"),
+        "settings": dataclasses.asdict(settings),
+        "scoring": [run.domain.scoring, run.domain.max_new_tokens],
+        "code": code_digest("tsugiki.quantize.check", "tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from tsugiki.quantize.check import check
+
+        data = read_json(run.folder / "data" / "data.json")
+        test = read_encoded(run.folder / "data" / "test.jsonl")
+        found = check(
+            run.folder / "gguf" / "model-F16.gguf", _level_paths(run), test, settings=settings,
+            scoring=run.domain.scoring, max_new_tokens=run.domain.max_new_tokens, end_of_turn=data["end_of_turn"],
+        )
+        write_json(folder / "check.json", found)
+        for row in found["levels"]:
+            console.print(f"  {row['level']:<7} {row['verdict']:<12} ΔNLL {row['delta_nll']:+.4f}  KL {row['kld_mean']:.5f}  "
+                          f"same top token {row['top1']:.1%}  score {row['score']:.3f}")
+        console.print(f"  take [bold]{found['recommended']['level']}[/]: {found['recommended']['why']['en']}")
+        replace_results(
+            run.folder.parent.parent / "results.sqlite", run.name, "check",
+            [
+                Result(f"{run.name}/{row['level']}", run.base.name, run.domain.name, metric, row[metric], level=row["level"])
+                for row in [found["reference"], *found["levels"]]
+                for metric in ("nll", "score", "kld_mean", "gen_tok_s", "peak_rss")
+                if row.get(metric) is not None
+            ],
+        )
+        return [folder / "check.json"]
+
+    return run_stage(run.folder / "check", inputs, work, console_title="damage of each level, on the same test ids")
+
+
+def evaluate_stage(run: Run) -> bool:
+    """The domain score before and after adaptation, by kind of item, and examples of answers."""
+    inputs = {
+        "gguf": stage_hash(run.folder / "gguf"),
+        "check": stage_hash(run.folder / "check"),
+        "scoring": [run.domain.scoring, run.domain.max_new_tokens],
+        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from tsugiki.recipes.before_after import before_after
+
+        found = before_after(run.folder, run.domain, run.settings.check.items)
+        write_json(folder / "evaluate.json", found)
+        for row in found["rows"]:
+            if row["model"] in ("base", "adapted"):
+                console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr']:.3f} (n {row['n']})")
+        replace_results(
+            run.folder.parent.parent / "results.sqlite", run.name, "evaluate",
+            [Result(f"{run.name}/{r['model']}", run.base.name, r["task"], r["metric"], r["value"], stderr=r["stderr"], n=r["n"])
+             for r in found["rows"]],
+        )
+        return [folder / "evaluate.json"]
+
+    return run_stage(run.folder / "evaluate", inputs, work, console_title="score before and after")
+
+
+def report_stage(run: Run) -> bool:
+    """``summary.json`` for programs and ``report.html`` for people."""
+    stages = [s for s in STAGES if s != "report" and (run.folder / s / "stage.json").exists()]
+    inputs = {
+        "stages": {s: read_json(run.folder / s / "stage.json") for s in stages},
+        "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary"),
+        "template": sha256_file(Path(__file__).with_name("report.html")),
+    }
+
+    def work(folder: Path) -> list[Path]:
+        from tsugiki.recipes.report import write_report
+        from tsugiki.recipes.summary import build_summary
+
+        build_summary(run.folder)
+        page = write_report(run.folder)
+        console.print(f"  {page}")
+        return []
+
+    missing = [name for name in ("report.html", "summary.json") if not (run.folder / name).exists()]
+    return run_stage(run.folder / "report", {**inputs, "missing": missing}, work, console_title="summary.json and report.html")

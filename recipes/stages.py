@@ -1,0 +1,116 @@
+"""A stage is a function from declared inputs to files; it is done when its ``stage.json`` says so."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tsugiki
+from tsugiki.artifacts import digest, read_json, sha256_file, sha256_tree, write_json
+from tsugiki.errors import UserError
+from tsugiki.progress import console
+
+ROOT = Path(tsugiki.__file__).parent
+
+
+def code_digest(*modules: str) -> str:
+    """A hash of the source files of modules or packages of this kit, named like ``tsugiki.adapt``."""
+    from importlib.util import find_spec
+
+    sources = {}
+    for name in modules:
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        path = Path(spec.origin)
+        files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
+        sources |= {f"{name}/{file.name}": sha256_file(file) for file in files}
+    return digest(sources)
+
+
+def stage_hash(folder: Path) -> str:
+    """The hash of a finished stage's outputs.
+
+    Raises:
+        UserError: the stage has not been run.
+    """
+    path = folder / "stage.json"
+    if not path.exists():
+        raise UserError(f"the stage {folder.name!r} has not been run", where=str(folder.parent),
+                        hint=f"Run it first: --stages …,{folder.name},…, or leave --stages out.")
+    return digest([o["sha256"] for o in read_json(path)["outputs"]])
+
+
+def run_stage(
+    folder: Path,
+    inputs: dict[str, Any],
+    work: Callable[[Path], list[Path]],
+    *,
+    console_title: str = "",
+    keep_partial: bool = False,
+) -> bool:
+    """Run one stage unless it is done for these inputs.
+
+    Args:
+        folder: of the stage.
+        inputs: everything the outputs depend on, as JSON (settings, hashes of code and of upstream stages).
+        work: writes into the folder and returns the output files and folders.
+        console_title: shown while it runs.
+        keep_partial: leave what an earlier, unfinished or outdated run wrote (the stage knows what it can use).
+
+    Returns:
+        Whether it ran (``False``: it was done already).
+    """
+    record = folder / "stage.json"
+    key = digest(inputs)
+    if record.exists() and is_done(folder, key):
+        console.print(f"[dim]{folder.name:<9} done already[/]")
+        return False
+    record.unlink(missing_ok=True)
+    if folder.exists() and not keep_partial:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]{folder.name:<9}[/] {console_title}")
+    began = time.monotonic()
+    outputs = work(folder)
+    seconds = time.monotonic() - began
+    write_json(
+        record,
+        {
+            "stage": folder.name,
+            "key": key,
+            "inputs": inputs,
+            "outputs": [_output(folder, p) for p in outputs],
+            "seconds": round(seconds, 2),
+            "peak_rss": peak_rss(),
+            "version": tsugiki.__version__,
+            "pid": os.getpid(),
+        },
+    )
+    console.print(f"[dim]{'':<9} {seconds:.1f} s[/]")
+    return True
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Whether the stage finished with this key and its outputs are still there, with their sizes."""
+    record = read_json(folder / "stage.json")
+    return record["key"] == key and all(_size(folder / o["path"]) == o["bytes"] for o in record["outputs"])
+
+
+def peak_rss() -> int:
+    """The largest resident memory of this process or of any finished child so far, bytes."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def _output(folder: Path, path: Path) -> dict:
+    return {"path": path.relative_to(folder).as_posix(), "bytes": _size(path), "sha256": sha256_tree(path)}
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.exists() else -1
