@@ -284,8 +284,8 @@ def _source(value: Any, file: str, problems: list[str]) -> Source:
     for key, allowed in (("jsonl", ("all", *SPLITS)), ("splits", SPLITS)):
         for split, path in (files if key == "jsonl" else good.get("splits", {})).items():
             if split not in allowed or not isinstance(path, str):
-                problems.append(f"{file} (source.{key}.{split}): {' | '.join(allowed)}: text is needed")
-    if "jsonl" in good and not ("all" in files) ^ ("train" in files):
+                problems.append(f"{file} (source.{key}.{split}): needs {' | '.join(allowed)} and text, not {path!r}")
+    if "jsonl" in good and ("all" in files) == ("train" in files) and not set(files) - {"all", *SPLITS}:
         problems.append(f"{file} (source.jsonl): one file, or train with valid and test, is needed")
     if "hub" in good and "revision" not in good:
         problems.append(f"{file} (source.revision): the key is missing; a hub data set is used at a fixed revision")
