@@ -1,0 +1,389 @@
+"""The report: one self-contained HTML page for the people who decide, from the stage files of a run.
+
+Nothing is fetched by the page: style, script and data are inside it. A stage that has not run leaves its section
+out; the numbers are those of the stage files and are not computed again here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
+from markupsafe import Markup
+from tsugiki.recipes.summary import STAGES, level_rows, read_stages, relative_path, run_name
+
+from tsugiki.artifacts import read_json, write_text
+
+Text = dict[str, str]
+
+KIND_NAMES: dict[str, tuple[str, str]] = {
+    "all": ("全体", "All items"),
+    "rule": ("規則を未知の機器に", "Rules on unseen devices"),
+    "seen_fact": ("既知の事実を別の言い方で", "Known facts, new wording"),
+    "fact": ("既知の事実を別の言い方で", "Known facts, new wording"),
+    "unanswerable": ("答えのない質問", "Unanswerable"),
+    "item": ("号の内容", "Items"),
+    "text": ("条文", "Article text"),
+    "cont": ("条文の続き", "Continuation"),
+    "which": ("該当条文", "Which article"),
+    "duty": ("義務", "Duties"),
+    "permit": ("許可・届出", "Permits"),
+    "latter": ("後段", "Second sentence"),
+    "proviso": ("ただし書", "Provisos"),
+    "ex_proviso": ("ただし書の抜き出し", "Extract a proviso"),
+    "ex_item": ("号の抜き出し", "Extract an item"),
+    "ex_def": ("定義の抜き出し", "Extract a definition"),
+    "itemcol": ("号の表", "Item columns"),
+    "def": ("定義", "Definitions"),
+    "prohibit": ("禁止", "Prohibitions"),
+    "penalty": ("罰則", "Penalties"),
+    "period": ("期間", "Periods"),
+    "purpose": ("目的", "Purposes"),
+}
+STAGE_NAMES: dict[str, tuple[str, str]] = {
+    "data": ("データの検証と分割", "Check and split the data"),
+    "sweep": ("サンプル数ごとの学習", "Fits at each sample count"),
+    "gguf": ("GGUFへの変換", "Conversion to GGUF"),
+    "levels": ("量子化", "Quantization"),
+    "check": ("劣化の測定", "Degradation check"),
+    "evaluate": ("採点", "Scoring"),
+    "report": ("レポート", "Report"),
+}
+SCORE_NAMES: dict[str, tuple[str, str]] = {
+    "exact_match": ("正答率", "Exact match"),
+    "char_f1": ("文字F1", "Character F1"),
+}
+VERDICT_NAMES: dict[str, tuple[str, str]] = {
+    "reference": ("基準", "reference"),
+    "pass": ("合格", "pass"),
+    "degraded": ("劣化", "degraded"),
+}
+PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    Raises:
+        UserError: a stage file is torn.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "report.html"
+    write_text(path, render(run_dir))
+    return path
+
+
+def render(run_dir: Path) -> str:
+    """The page as text. Every value is escaped; the embedded JSON cannot end its script element."""
+    stages = read_stages(run_dir)
+    timings = _timings(run_dir)
+    view = _view(run_dir, stages, timings)
+    environment = Environment(
+        loader=PackageLoader("tsugiki.recipes", "."),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, size=_size, count=_count, plain=_plain)
+    environment.filters.update(visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
+    return environment.get_template("report.html").render(**view, embedded=embed_json(_chart_data(view)))
+
+
+def embed_json(value: Any) -> Markup:
+    """JSON that may stand inside a script element: no ``<``, ``>`` or ``&`` and no line separators are left bare."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def data_verdict(sweep: dict[str, Any]) -> Text:
+    """What the learning curve says about more data.
+
+    Returns:
+        ``kind`` (``overfit``: the curve turns up; ``more``: the largest count is best and clearly so; ``flat``: it is
+        best, but a smaller count lies within one standard error; ``enough``: a smaller count is best; ``unknown``:
+        one count only) and a short and a long sentence in both languages (``short_ja`` … ``long_en``).
+    """
+    best = sweep.get("optimum") or {}
+    counts = sorted({point["n"] for point in sweep.get("points", [])})
+    if len(counts) < 2 or "n" not in best:
+        return _verdict("unknown", "未測定", "Not measured", "比べるにはサンプル数が二つ以上要ります。", "Two sample counts or more are needed to tell.")  # fmt: skip
+    last, one_se = counts[-1], best.get("one_se_n", best["n"])
+    if best.get("overfits_at"):
+        at = best["overfits_at"]
+        return _verdict(
+            "overfit", "過学習あり", "Overfits",
+            f"{at:,}件で、学習のNLLは下がるのにテストのNLLは上がっています。", f"At {at:,} samples train NLL falls while test NLL rises.",
+        )  # fmt: skip
+    if best["n"] < last:
+        return _verdict(
+            "enough", "頭打ち", "No gain seen",
+            f"{best['n']:,}件を超えても（{last:,}件まで）良くなりませんでした。",
+            f"Beyond {best['n']:,} samples (up to {last:,}) it got no better.",
+        )  # fmt: skip
+    if one_se < last:
+        return _verdict(
+            "flat", "伸びはわずか", "Little to gain",
+            f"最良は最大の{last:,}件ですが、{one_se:,}件でも1標準誤差以内です。",
+            f"The largest count, {last:,}, is best, but {one_se:,} lies within one standard error of it.",
+        )  # fmt: skip
+    return _verdict(
+        "more", "まだ伸びる", "More would help",
+        f"最大の{last:,}件でもまだ下がっています。同じ種類のデータを足す価値があります。",
+        f"At {last:,}, the largest count, NLL is still falling: more data of this kind is worth having.",
+    )  # fmt: skip
+
+
+def _verdict(kind: str, short_ja: str, short_en: str, long_ja: str, long_en: str) -> Text:
+    return {"kind": kind, "short_ja": short_ja, "short_en": short_en, "long_ja": long_ja, "long_en": long_en}
+
+
+def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, Any]:
+    data, sweep, check = (stages.get(name, {}) for name in ("data", "sweep", "check"))
+    domain, base = run_name(run_dir, data)
+    title = data.get("title") or {}
+    rows = level_rows(stages)
+    for row in rows:
+        row["path"] = relative_path(run_dir, row["path"]) if row.get("path") else None
+        total = sum(t["parameters"] for t in row.get("types", {}).values())
+        types = sorted(row.get("types", {}).items(), key=lambda item: -item[1]["parameters"])
+        row["type_shares"] = [{"name": name, "share": t["parameters"] / max(total, 1), **t} for name, t in types]
+    choice = check.get("recommended")
+    evaluated = stages.get("evaluate", {})
+    scores = _scores(evaluated, choice, data.get("kind_titles", {}))
+    return {
+        "domain": domain,
+        "base": base,
+        "title": {"ja": title.get("ja") or domain, "en": title.get("en") or domain},
+        "data": data,
+        "sweep": sweep,
+        "gguf": stages.get("gguf", {}),
+        "check": check,
+        "evaluate": evaluated,
+        "stages": stages,
+        "missing": [STAGE_NAMES[name] for name in STAGES if name not in stages],
+        "levels": rows,
+        "checked": [row for row in rows if "nll" in row],
+        "choice": choice,
+        "chosen": next((row for row in rows if choice and row["level"] == choice.get("level")), None),
+        "reference": next((row for row in rows if row.get("verdict") == "reference"), {}),
+        "more_data": data_verdict(sweep) if sweep.get("points") else None,
+        "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
+        "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,
+        "task_count": len(scores),
+        "base_score": _base_score(evaluated),
+        "models": {"base": ("元のモデル", "Base"), "adapted": ("適応後", "Adapted")},
+        "kind_names": {**KIND_NAMES, **{k: (v["ja"], v["en"]) for k, v in data.get("kind_titles", {}).items()}},
+        "stage_names": STAGE_NAMES,
+        "verdict_names": VERDICT_NAMES,
+        "margins": _margins(check.get("settings", {})),
+        "timings": timings,
+        "total_seconds": sum(t["seconds"] for t in timings),
+        "environment": environment_rows(),
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _scores(evaluated: dict[str, Any], choice: dict[str, Any] | None, titles: dict[str, Text]) -> list[dict[str, Any]]:
+    """Score before and after by task: base, adapted, and the recommended level where it was scored."""
+    shown = ["base", "adapted"]
+    rows = evaluated.get("rows", [])
+    if not any(row["model"] == "adapted" for row in rows):
+        shown[1] = "F16"
+    if choice and choice.get("level") not in shown:
+        shown.append(choice["level"])
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if row["model"] not in shown:
+            continue
+        kind = row["task"].rpartition("/")[2]
+        name = (titles[kind]["ja"], titles[kind]["en"]) if kind in titles else KIND_NAMES.get(kind)
+        name = name or ((kind, kind) if "/" in row["task"] else ("全体", "All items"))
+        group = groups.setdefault((row["task"], row["metric"]), {"ja": name[0], "en": name[1], "n": row["n"], "bars": []})
+        group["metric"] = SCORE_NAMES.get(row["metric"], (row["metric"], row["metric"]))
+        spread = 1.96 * (row.get("stderr") or 0.0)
+        low, high = max(0.0, row["value"] - spread), min(1.0, row["value"] + spread)
+        group["bars"].append({"model": row["model"], "value": row["value"], "low": low, "high": high, "n": row["n"],
+                              "unparsed": row.get("unparsed"), "truncated": row.get("truncated")})  # fmt: skip
+    for group in groups.values():
+        group["bars"].sort(key=lambda bar: shown.index(bar["model"]))
+    return list(groups.values())
+
+
+def _base_score(evaluated: dict[str, Any]) -> float | None:
+    """The untouched base's score over all test items: the mean over kinds, weighted by their items."""
+    rows = [row for row in evaluated.get("rows", []) if row["model"] == "base" and row["metric"] == evaluated.get("scoring")]
+    kinds = [row for row in rows if "/" in row["task"] and not row["task"].endswith("/all")] or rows
+    items = sum(row["n"] for row in kinds)
+    return sum(row["value"] * row["n"] for row in kinds) / items if items else None
+
+
+def _margins(settings: dict[str, Any]) -> dict[str, float]:
+    """The non-inferiority margins among the settings: the NLL one in nats, the score one from 0 to 1."""
+    found = {}
+    for key, value in settings.items():
+        if "margin" in key and isinstance(value, int | float):
+            for name in ("nll", "score"):
+                if name in key:
+                    found[name] = abs(value)
+    return found
+
+
+def _chart_data(view: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script draws."""
+    sweep = view["sweep"]
+    keys = ("level", "bytes", "delta_nll", "delta_ci", "score", "score_ci", "verdict")
+    return {
+        "points": sweep.get("points", []),
+        "base": sweep.get("base"),
+        "optimum": sweep.get("optimum"),
+        "p_best": sweep.get("p_best_by_n", {}),
+        "scores": view["scores"],
+        "score_name": view["score_name"],
+        "levels": [{key: row.get(key) for key in keys} for row in view["checked"]],
+        "margins": view["margins"],
+        "recommended": (view["choice"] or {}).get("level"),
+        "verdicts": VERDICT_NAMES,
+        "models": view["models"],
+        "kinds": view["kind_names"],
+    }
+
+
+def _timings(run_dir: Path) -> list[dict[str, Any]]:
+    """The ``stage.json`` files in the order of the work."""
+    found = []
+    for path in run_dir.glob("*/stage.json"):
+        try:
+            value = read_json(path)
+        except ValueError:
+            continue  # a torn stage.json means that the stage is not finished
+        if isinstance(value, dict) and "seconds" in value:
+            outputs = [{**o, "path": relative_path(run_dir, o["path"])} for o in value.get("outputs", [])]
+            found.append({**value, "stage": value.get("stage", path.parent.name), "outputs": outputs})
+    order = {name: position for position, name in enumerate(STAGE_NAMES)}
+    return sorted(found, key=lambda stage: (order.get(stage["stage"], len(order)), stage["stage"]))
+
+
+def environment_rows() -> list[tuple[str, str, str]]:
+    """(Japanese label, English label, value) about the machine that writes the report; no host or user names."""
+    rows = [("OS", "OS", f"{platform.system()} {platform.release()} ({platform.machine()})")]
+    cpu = _cpu_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows.append(("CPU", "CPU", f"{cpu} × {cores}" if cpu else str(cores)))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rows.append(("メモリ", "Memory", f"{memory / 2**30:.1f} GiB"))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        rows.append(("GPU", "GPU", torch.cuda.get_device_name(0)))
+    rows.append(("Python", "Python", platform.python_version()))
+    for package in PACKAGES:
+        try:
+            rows.append((package, package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+NONE = "–"
+
+
+def _absent(value: Any) -> bool:
+    return value is None or isinstance(value, Undefined)
+
+
+def _num(value: Any, digits: int = 3) -> str:
+    """A number with fixed digits; one too small for them is written with an exponent."""
+    if _absent(value):
+        return NONE
+    if value and abs(value) < 10**-digits:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}×10{raised}".replace("-", "−")
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _signed(value: Any, digits: int = 4) -> str:
+    return NONE if _absent(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _pct(value: Any, digits: int = 1) -> str:
+    return NONE if _absent(value) else f"{100 * value:.{digits}f}%"
+
+
+def _points(value: Any) -> str:
+    """A difference of shares in percentage points."""
+    return NONE if _absent(value) else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _size(value: Any) -> str:
+    """Bytes in decimal units."""
+    if _absent(value):
+        return NONE
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}" if value < 100 * factor else f"{value / factor:.0f} {unit}"
+    return f"{value} B"
+
+
+def _count(value: Any) -> str:
+    return NONE if _absent(value) else f"{round(value):,}"
+
+
+def _seconds(value: Any, minute: str, second: str) -> str:
+    if _absent(value):
+        return NONE
+    if value < 1:
+        return f"{value:.2g}{second}"
+    if value < 60:
+        return f"{value:.1f}{second}"
+    return f"{int(value) // 60}{minute}{int(value) % 60}{second}"
+
+
+def _seconds_ja(value: Any) -> str:
+    return _seconds(value, "分", "秒")
+
+
+def _seconds_en(value: Any) -> str:
+    return _seconds(value, " min ", " s")
+
+
+def _plain(value: Any) -> str:
+    """A setting as a person would write it; a path keeps its last part only."""
+    if isinstance(value, str):
+        return _safe_path(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _safe_path(value: str) -> str:
+    return Path(value).name if Path(value).is_absolute() else value
+
+
+def _visible(text: str) -> str:
+    """White space that a reader could not see, as symbols."""
+    for character, symbol in (("\n", "⏎"), ("\t", "⇥"), ("\u3000", "␣"), ("\r", "␍")):
+        text = text.replace(character, symbol)
+    return text

@@ -1,0 +1,247 @@
+"""The report: it opens without a network, draws its charts, fits a phone and escapes what it shows."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tsugiki.recipes.report import data_verdict, embed_json, write_report
+
+synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
+write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Outline(HTMLParser):
+    """Collects tags, ids and unbalanced elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.problems, self.ids, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[k] for k in ("src", "href") if k in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> at {self.getpos()}")
+
+
+def outline(text: str) -> Outline:
+    parsed = Outline()
+    parsed.feed(text)
+    return parsed
+
+
+def dump_dom(page: Path, fragment: str = "") -> str:
+    """The page's document after its script has run, as headless Chromium serialises it."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={page.parent / 'profile'}",
+        "--window-size=1280,900", "--virtual-time-budget=3000", "--dump-dom", page.resolve().as_uri() + fragment,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def in_frames(pages: dict[str, tuple[str, int]], path: Path) -> dict[str, str]:
+    """Name to document, of (page, width in pixels) pairs shown side by side in frames of one window.
+
+    Headless windows have a least width that is wider than a phone, frames have not; and one browser start serves all.
+    """
+    frames = "".join(
+        f'<iframe id="{name}" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(text)}"></iframe>'
+        for name, (text, width) in pages.items()
+    )
+    copy = """<script>addEventListener("load", function () { setTimeout(function () {
+      document.querySelectorAll("iframe").forEach(function (frame) {
+        var pre = document.createElement("pre");
+        pre.id = "copy-" + frame.id; pre.textContent = frame.contentDocument.documentElement.outerHTML;
+        document.body.appendChild(pre);
+      }); }, 1000); });</script>"""
+    path.write_text(f"<!doctype html><body>{frames}{copy}", encoding="utf-8")
+    dom = dump_dom(path)
+    found = re.findall(r'<pre id="copy-([^"]*)">(.*?)</pre>', dom, re.S)
+    return {name: html.unescape(text) for name, text in found}
+
+
+def dataset(dom: str) -> dict[str, str]:
+    return dict(re.findall(r'data-([a-z]+)="([^"]*)"', re.search(r"<html[^>]*>", dom).group(0)))
+
+
+def marks(dom: str, series: str) -> int:
+    return dom.count(f'data-series="{series}"')
+
+
+def test_the_page_is_whole_and_needs_no_network(tmp_path):
+    text = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    page = outline(text)
+    assert page.problems == [] and page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link == "summary.json" or link.startswith("#") for link in page.links)
+    namespace = "http://www.w3.org/2000/svg"  # a name, never fetched
+    assert not re.search(r"https?://|@import|url\(", text.replace(namespace, ""))
+    assert str(tmp_path) not in text
+
+
+def test_the_page_says_what_to_ship_and_whether_more_data_helps(tmp_path):
+    text = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    top = text[text.index("<main>") : text.index('id="curve"')]
+    for expected in ("Q4_K_M", "4.12 MB", "70.4%", "2,000", "頭打ち", "No gain seen", "levels/model-Q4_K_M.gguf"):
+        assert expected in top
+
+
+def test_hostile_text_stays_text(tmp_path):
+    stages = stage_files()
+    evil = "</script><script>document.title='stolen'</script><img src=x onerror=alert(1)>"
+    stages["data"]["title"] = {"ja": evil, "en": evil}
+    stages["data"]["kinds"] = {evil: 3}
+    stages["data"]["dropped_by"] = {evil: 1}
+    stages["gguf"]["differences"][0]["text"] = evil
+    stages["check"]["recommended"]["why"] = {"ja": evil, "en": evil}
+    stages["evaluate"]["examples"][0]["prompt"] = evil
+    stages["evaluate"]["rows"][0]["task"] = f"setsubi/{evil}"
+    stages["sweep"]["points"][0]["nll_by_kind"] = {evil: 1.0}
+    text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    assert "stolen" in text
+    assert evil not in text and "<img" not in text
+    assert text.count("<script") == 3 and outline(text).problems == []
+
+
+def test_embedded_json_cannot_end_its_element_and_reads_back():
+    value = {"日本語": "</script><!-- & \u2028\u2029", "n": [1, None, 0.5]}
+    text = str(embed_json(value))
+    assert not set(text) & set("<>&\u2028\u2029")
+    assert json.loads(text) == value
+    with pytest.raises(ValueError):
+        embed_json({"nll": float("nan")})
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_a_partial_run_shows_what_there_is(tmp_path, count):
+    stages = dict(list(stage_files().items())[:count])
+    text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    page = outline(text)
+    assert page.problems == [] and page.open == []
+    assert ("A partial run" in text) == (count < 6)
+    for stage, section in (("data", "data"), ("sweep", "curve"), ("gguf", "parity"), ("check", "levels"), ("evaluate", "scores")):
+        assert (section in page.ids) == (stage in stages)
+
+
+def test_a_check_that_recommends_nothing_says_so(tmp_path):
+    stages = stage_files()
+    stages["check"]["recommended"] = None
+    assert "No level can be recommended" in write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+
+
+def test_only_the_required_fields_are_enough(tmp_path):
+    stages = stage_files()
+    for point in stages["sweep"]["points"]:
+        for key in ("train_nll", "nll_by_kind", "bpc", "nll_ci"):
+            del point[key]
+    for key in ("base", "p_best_by_n", "settings"):
+        del stages["sweep"][key]
+    for row in [stages["check"]["reference"], *stages["check"]["levels"]]:
+        row.update(score=None, score_ci=None, delta_score=None, peak_rss=None, gen_tok_s=None)
+    stages["check"]["settings"] = {}
+    stages["gguf"] = {k: stages["gguf"][k] for k in ("path", "bytes", "sha256", "parity")}
+    assert outline(write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")).problems == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "best", "one_se", "overfits_at", "kind"),
+    [
+        ([250], 250, 250, None, "unknown"),
+        ([250, 500, 1000], 1000, 1000, None, "more"),
+        ([250, 500, 1000], 1000, 500, None, "flat"),
+        ([250, 500, 1000], 500, 250, None, "enough"),
+        ([250, 500, 1000], 500, 500, 1000, "overfit"),
+    ],
+)
+def test_the_curve_is_put_into_words(counts, best, one_se, overfits_at, kind):
+    sweep = {
+        "points": [{"n": n, "nll": 1.0} for n in counts],
+        "optimum": {"n": best, "one_se_n": one_se, "overfits_at": overfits_at},
+    }
+    assert data_verdict(sweep)["kind"] == kind
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> dict[str, str]:
+    """Documents of a full run on a desktop and on two phones, and of runs that stopped early."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    root = tmp_path_factory.mktemp("opened")
+    full = write_report(write_run(root / "full")).read_text(encoding="utf-8")
+    wide = stage_files()
+    wide["evaluate"]["examples"][0]["answers"]["base"] = "x" * 400
+    wide["data"]["title"]["ja"] = "とても長い名前の分野" * 8
+    phone = write_report(write_run(root / "wide", wide)).read_text(encoding="utf-8")
+    pages = {
+        "desktop": (full, 1280),
+        "phone390": (phone, 390),
+        "phone360": (phone.replace('data-lang="ja"', 'data-lang="en"', 1), 360),
+    }
+    for count in (0, 2, 4):
+        stages = dict(list(stage_files().items())[:count])
+        pages[f"partial{count}"] = (write_report(write_run(root / str(count), stages)).read_text(encoding="utf-8"), 800)
+    return in_frames(pages, root / "frames.html")
+
+
+def test_every_chart_is_drawn_in_chromium(opened):
+    dom, stages = opened["desktop"], stage_files()
+    found = dataset(dom)
+    assert found["errors"] == "0", found.get("error")
+    assert (found["ready"], found["lang"], found["charts"], found["overflow"]) == ("1", "ja", "4", "0")
+    assert marks(dom, "test") == marks(dom, "train") == len(stages["sweep"]["points"])
+    levels = 1 + len(stages["check"]["levels"])
+    assert marks(dom, "delta_nll") == levels
+    assert marks(dom, "score") == levels + 3 * 3  # and a bar for each of three kinds and three models
+    assert 'class="optimum"' in dom
+    assert "NaN" not in dom[dom.index('id="curve"') : dom.index('id="examples"')]
+
+
+@pytest.mark.parametrize("name", ["phone390", "phone360"])
+def test_nothing_is_wider_than_a_phone(opened, name):
+    found = dataset(opened[name])
+    assert found["errors"] == "0", found.get("error")
+    assert (found["charts"], found["overflow"]) == ("4", "0")
+    assert marks(opened[name], "test") == len(stage_files()["sweep"]["points"])
+
+
+@pytest.mark.parametrize(("count", "charts"), [(0, "0"), (2, "1"), (4, "1")])
+def test_a_partial_run_opens_without_an_error(opened, count, charts):
+    found = dataset(opened[f"partial{count}"])
+    assert found["errors"] == "0", found.get("error")
+    assert found["charts"] == charts
+
+
+@browser
+def test_a_mark_shows_its_exact_values_on_keyboard_focus(tmp_path):
+    page = write_report(write_run(tmp_path))
+    text = page.read_text(encoding="utf-8")
+    script = '<script>document.querySelector("[data-series=test]").focus();</script></body>'
+    page.write_text(text.replace("</body>", script), encoding="utf-8")
+    dom = dump_dom(page, "#en,dark")
+    found = dataset(dom)
+    assert (found["errors"], found["lang"], found["theme"]) == ("0", "en", "dark")
+    tip = re.search(r'<div id="tip".*?</div>', dom, re.S).group(0)
+    assert "visibility: visible" in tip
+    for expected in ("250 samples", "1.6200", "1.570–1.675", "0.6100"):
+        assert expected in tip
