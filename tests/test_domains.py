@@ -225,6 +225,17 @@ def test_a_hub_data_set_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch
     assert "hf auth login" in str(error.value)
 
 
+def test_a_hub_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_data(tmp_path / "set" / "train.jsonl")  # the library takes a folder for an id, too
+    domain = load_domain(write_domain(tmp_path, source={"hub": str(tmp_path / "set"), "revision": "main"}))
+    write_data(tmp_path / "qa.jsonl")
+    same = load_splits(load_domain(write_domain(tmp_path, name="file")))
+    assert load_splits(domain).train == same.train
+
+
 # --- a user's own file ---
 
 
@@ -298,18 +309,19 @@ def test_init_counts_duplicates_and_shows_lengths_in_tokens(tmp_path):
     if not (base / "tokenizer.json").is_file():
         pytest.skip("the bundled base is not there")
     rows = [{"質問": f"{chr(0x4E00 + 7 * i) * 30}の番号は?", "回答": str(i)} for i in range(100)]
-    rows += [*rows[:3], {**rows[5], "質問": rows[5]["質問"] + "!"}, {"質問": "長い" * 300, "回答": "x"}]
+    hundred = "".join(chr(0x5000 + k) for k in range(100))  # one more character: 91 of 96 10-grams stay
+    rows += [*rows[:3], {"質問": hundred, "回答": "x"}, {"質問": hundred + "か", "回答": "x"}, {"質問": "長い" * 300, "回答": "x"}]
     (tmp_path / "qa.json").write_text(json.dumps(rows), encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     found = init_domain("mine", tmp_path / "qa.json", tokenizer=tokenizer, directory=tmp_path)
     assert found.exact_duplicates == 3
-    assert found.near_duplicates >= 0
-    assert found.longest[0] == ("qa.json:item 105", 601)
+    assert found.near_duplicates == 1
+    assert found.longest[0] == ("qa.json:item 106", 601)
     assert found.tokens[0] > 0 and found.tokens[-1] > 100
     console = Console(record=True, width=160)
     show_found(found, console)
     text = console.export_text()
-    assert "qa.json:item 105 (601 characters)" in text and "prompt ← 質問" in text and "max" in text
+    assert "qa.json:item 106 (601 characters)" in text and "prompt ← 質問" in text and "max" in text
 
 
 @pytest.mark.parametrize("train, counts", [(8786, [500, 1000, 2100, 4300, 8700]), (60, [15, 30, 60]), (5, [5])])
