@@ -13,12 +13,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from tsugiki.quantize.tokenizer import gguf_vocabulary
 
 from tsugiki.artifacts import atomic_path
 from tsugiki.chat import end_of_turn_id
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.progress import progress
+from tsugiki.quantize.tokenizer import gguf_vocabulary
 
 
 @dataclass(frozen=True)

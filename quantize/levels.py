@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
-from tsugiki.evaluate.engine import check_gguf
 
 from tsugiki.artifacts import atomic_path
 from tsugiki.errors import UserError
+from tsugiki.evaluate.engine import check_gguf
 
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
 _FILE_TYPES = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(t) for t in gguf.LlamaFileType}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tsugiki.evaluate.engine import Engine, check_gguf
 
 from tsugiki.chat import prompt_text
 from tsugiki.errors import UserError
+from tsugiki.evaluate.engine import Engine, check_gguf
 from tsugiki.samples import EncodedSample
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tsugiki.errors import UserError
 from tsugiki.quantize import convert as conversion
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.parity import load_reference, logits_agreement
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
-
-from tsugiki.errors import UserError
 from tsugiki.samples import EncodedSample
 
 ROOT = Path(__file__).resolve().parents[1]

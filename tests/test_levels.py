@@ -8,10 +8,10 @@ from math import prod
 import gguf
 import numpy as np
 import pytest
-from tsugiki.quantize import levels
-from tsugiki.quantize.levels import LEVELS, make_level, read_types
 
 from tsugiki.errors import UserError
+from tsugiki.quantize import levels
+from tsugiki.quantize.levels import LEVELS, make_level, read_types
 
 
 def write_gguf(path, *, width=256, ffn=768, vocab=512, layers=2):

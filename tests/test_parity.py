@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from tsugiki.chat import end_of_turn_id, prompt_text
+from tsugiki.errors import UserError
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.parity import Parity, check_bos, logits_agreement, parity, template_texts
 from tsugiki.quantize.texts import HARD_JAPANESE
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
-
-from tsugiki.chat import end_of_turn_id, prompt_text
-from tsugiki.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASES = Path(os.environ.get("TSUGIKI_TEST_BASES", ROOT / "recipes" / "bases"))
