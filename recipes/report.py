@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
-from tsugiki.recipes.summary import STAGES, level_rows, read_stages, relative_path, run_name
 
 from tsugiki.artifacts import read_json, write_text
+from tsugiki.recipes.summary import STAGES, level_rows, read_stages, run_name
 
 Text = dict[str, str]
 
@@ -93,7 +94,7 @@ def render(run_dir: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, size=_size, count=_count, plain=_plain)
-    environment.filters.update(visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
+    environment.filters.update(share=_share, reason_ja=reason_ja, visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
     return environment.get_template("report.html").render(**view, embedded=embed_json(_chart_data(view)))
 
 
@@ -109,7 +110,7 @@ def data_verdict(sweep: dict[str, Any]) -> Text:
     """What the learning curve says about more data.
 
     Returns:
-        ``kind`` (``overfit``: the curve turns up; ``more``: the largest count is best and clearly so; ``flat``: it is
+        ``kind`` (``overfit``: a larger count is worse with its whole interval; ``more``: the largest count is best and clearly so; ``flat``: it is
         best, but a smaller count lies within one standard error; ``enough``: a smaller count is best; ``unknown``:
         one count only) and a short and a long sentence in both languages (``short_ja`` … ``long_en``).
     """
@@ -122,7 +123,8 @@ def data_verdict(sweep: dict[str, Any]) -> Text:
         at = best["overfits_at"]
         return _verdict(
             "overfit", "過学習あり", "Overfits",
-            f"{at:,}件で、学習のNLLは下がるのにテストのNLLは上がっています。", f"At {at:,} samples train NLL falls while test NLL rises.",
+            f"{at:,}件のテストNLLは、95%区間ごと{best['n']:,}件より悪くなりました。",
+            f"At {at:,} samples the test NLL is worse than at {best['n']:,}, with its whole 95% interval.",
         )  # fmt: skip
     if best["n"] < last:
         return _verdict(
@@ -153,13 +155,12 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
     title = data.get("title") or {}
     rows = level_rows(stages)
     for row in rows:
-        row["path"] = relative_path(run_dir, row["path"]) if row.get("path") else None
         total = sum(t["parameters"] for t in row.get("types", {}).values())
         types = sorted(row.get("types", {}).items(), key=lambda item: -item[1]["parameters"])
         row["type_shares"] = [{"name": name, "share": t["parameters"] / max(total, 1), **t} for name, t in types]
     choice = check.get("recommended")
     evaluated = stages.get("evaluate", {})
-    scores = _scores(evaluated, choice, data.get("kind_titles", {}))
+    scores = _scores(evaluated, check)
     return {
         "domain": domain,
         "base": base,
@@ -179,10 +180,12 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "more_data": data_verdict(sweep) if sweep.get("points") else None,
         "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
         "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,
+        "examples": _in_turn(evaluated.get("examples", [])),
+        "level_items": check.get("items"),
         "task_count": len(scores),
         "base_score": _base_score(evaluated),
         "models": {"base": ("元のモデル", "Base"), "adapted": ("適応後", "Adapted")},
-        "kind_names": {**KIND_NAMES, **{k: (v["ja"], v["en"]) for k, v in data.get("kind_titles", {}).items()}},
+        "kind_names": KIND_NAMES,
         "stage_names": STAGE_NAMES,
         "verdict_names": VERDICT_NAMES,
         "margins": _margins(check.get("settings", {})),
@@ -193,38 +196,84 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
     }
 
 
-def _scores(evaluated: dict[str, Any], choice: dict[str, Any] | None, titles: dict[str, Text]) -> list[dict[str, Any]]:
-    """Score before and after by task: base, adapted, and the recommended level where it was scored."""
-    shown = ["base", "adapted"]
-    rows = evaluated.get("rows", [])
-    if not any(row["model"] == "adapted" for row in rows):
-        shown[1] = "F16"
-    if choice and choice.get("level") not in shown:
-        shown.append(choice["level"])
+def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, Any]]:
+    """Score before and after by task: base and adapted from ``evaluate``, the recommended level from either stage."""
+    level = (check.get("recommended") or {}).get("level")
+    rows = [row for row in evaluated.get("rows", []) if row["model"] in ("base", "adapted", level)]
+    scored = {row["model"] for row in rows}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        if row["model"] not in shown:
-            continue
-        kind = row["task"].rpartition("/")[2]
-        name = (titles[kind]["ja"], titles[kind]["en"]) if kind in titles else KIND_NAMES.get(kind)
-        name = name or ((kind, kind) if "/" in row["task"] else ("全体", "All items"))
-        group = groups.setdefault((row["task"], row["metric"]), {"ja": name[0], "en": name[1], "n": row["n"], "bars": []})
-        group["metric"] = SCORE_NAMES.get(row["metric"], (row["metric"], row["metric"]))
-        spread = 1.96 * (row.get("stderr") or 0.0)
-        low, high = max(0.0, row["value"] - spread), min(1.0, row["value"] + spread)
-        group["bars"].append({"model": row["model"], "value": row["value"], "low": low, "high": high, "n": row["n"],
-                              "unparsed": row.get("unparsed"), "truncated": row.get("truncated")})  # fmt: skip
+        kind = row["task"].partition("/")[2]
+        ja, en = KIND_NAMES.get(kind, (kind, kind)) if kind else KIND_NAMES["all"]
+        metric = SCORE_NAMES.get(row["metric"], (row["metric"], row["metric"]))
+        group = groups.setdefault(
+            (row["task"], row["metric"]), {"kind": kind, "ja": ja, "en": en, "n": row["n"], "metric": metric, "bars": []}
+        )
+        group["bars"].append(_bar(row["model"], row["value"], row.get("stderr"), row["n"], row))
+    if rows and level not in scored:
+        chosen = next((row for row in check.get("levels", []) if row["level"] == level), {})
+        for (_, metric), group in groups.items():
+            part = (chosen.get("score_by_kind") or {}).get(group["kind"])
+            if metric != evaluated.get("scoring"):
+                continue
+            if part:
+                group["bars"].append(_bar(level, part["score"], part.get("se"), part["n"], {}))
+            elif not group["kind"] and chosen.get("score") is not None:
+                low, high = chosen.get("score_ci") or (chosen["score"], chosen["score"])
+                group["bars"].append({**_bar(level, chosen["score"], None, check.get("items"), {}), "low": low, "high": high})
+    order = {"base": 0, "adapted": 1}
     for group in groups.values():
-        group["bars"].sort(key=lambda bar: shown.index(bar["model"]))
+        group["bars"].sort(key=lambda bar: order.get(bar["model"], 2))
     return list(groups.values())
+
+
+def _bar(model: str, value: float, stderr: float | None, n: int | None, row: dict[str, Any]) -> dict[str, Any]:
+    """One bar with its normal 95 % interval inside 0 to 1."""
+    spread = 1.96 * (stderr or 0.0)
+    return {
+        "model": model, "value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "n": n,
+        "unparsed": row.get("unparsed"), "truncated": row.get("truncated"),
+    }  # fmt: skip
+
+
+def _in_turn(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first example of each kind, then the second of each, and so on."""
+    seen: dict[str, int] = {}
+    turns = []
+    for example in examples:
+        kind = example.get("kind", "")
+        turns.append(seen.get(kind, 0))
+        seen[kind] = turns[-1] + 1
+    return [example for _, example in sorted(zip(turns, examples, strict=True), key=lambda pair: pair[0])]
+
+
+_SPLITS = {"train": "学習", "valid": "検証", "test": "テスト"}
+_REASONS = (
+    (re.compile(r"exact duplicate of an? (\w+) item"), "{0}と同じ質問"),
+    (re.compile(r"exact duplicate"), "同じ質問の重複"),
+    (re.compile(r"near-duplicate of an? (\w+) item"), "{0}にほぼ同じものがある"),
+    (re.compile(r"longer than ([\d,]+) tokens"), "{0}トークンより長い"),
+)
+
+
+def reason_ja(reason: str) -> str:
+    """A reason for dropping samples in Japanese; one that is not known stays as it is."""
+    split, colon, rest = reason.partition(": ")
+    if not colon or split not in _SPLITS:
+        split, rest = "", reason
+    for pattern, words in _REASONS:
+        if match := pattern.fullmatch(rest):
+            said = words.format(*(_SPLITS.get(g, g) for g in match.groups()))
+            return f"{_SPLITS[split]}：{said}" if split else said
+    return reason
 
 
 def _base_score(evaluated: dict[str, Any]) -> float | None:
     """The untouched base's score over all test items: the mean over kinds, weighted by their items."""
     rows = [row for row in evaluated.get("rows", []) if row["model"] == "base" and row["metric"] == evaluated.get("scoring")]
-    kinds = [row for row in rows if "/" in row["task"] and not row["task"].endswith("/all")] or rows
-    items = sum(row["n"] for row in kinds)
-    return sum(row["value"] * row["n"] for row in kinds) / items if items else None
+    whole = [row for row in rows if "/" not in row["task"]] or rows
+    items = sum(row["n"] for row in whole)
+    return sum(row["value"] * row["n"] for row in whole) / items if items else None
 
 
 def _margins(settings: dict[str, Any]) -> dict[str, float]:
@@ -267,8 +316,9 @@ def _timings(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # a torn stage.json means that the stage is not finished
         if isinstance(value, dict) and "seconds" in value:
-            outputs = [{**o, "path": relative_path(run_dir, o["path"])} for o in value.get("outputs", [])]
-            found.append({**value, "stage": value.get("stage", path.parent.name), "outputs": outputs})
+            stage = value.get("stage", path.parent.name)
+            outputs = [{**o, "path": f"{stage}/{_safe_path(o['path'])}"} for o in value.get("outputs", [])]
+            found.append({**value, "stage": stage, "outputs": outputs})
     order = {name: position for position, name in enumerate(STAGE_NAMES)}
     return sorted(found, key=lambda stage: (order.get(stage["stage"], len(order)), stage["stage"]))
 
@@ -376,6 +426,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _share(value: Any) -> str:
+    """A share as a percentage, a whole number as a count."""
+    if _absent(value):
+        return NONE
+    return _count(value) if isinstance(value, int) or not value else _pct(value)
 
 
 def _safe_path(value: str) -> str:

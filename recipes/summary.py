@@ -125,7 +125,7 @@ def level_rows(stages: dict[str, Any]) -> list[dict[str, Any]]:
     Rows have the keys of both files; F16 gets its file's facts from ``gguf`` and, as the reference, the
     differences 0. Levels that were not checked have the written facts only.
     """
-    written = {row["level"]: row for row in stages.get("levels", {}).get("levels", [])}
+    written = {row["level"]: _placed(row, "levels") for row in stages.get("levels", {}).get("levels", [])}
     checked = {row["level"]: row for row in stages.get("check", {}).get("levels", [])}
     reference = stages.get("check", {}).get("reference") or {}
     top = reference.get("level", "F16")
@@ -147,7 +147,12 @@ def level_rows(stages: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _file_facts(gguf: dict[str, Any]) -> dict[str, Any]:
-    return {k: gguf[k] for k in ("path", "bytes", "sha256", "bpw", "types") if k in gguf}
+    return _placed({k: gguf[k] for k in ("path", "bytes", "sha256", "bpw", "types") if k in gguf}, "gguf")
+
+
+def _placed(row: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A stage names its files from its own folder; here they are named from the run's, never by a machine's path."""
+    return {**row, "path": f"{stage}/{Path(row['path']).name}"} if row.get("path") else row
 
 
 def english(why: Any) -> str:
@@ -194,8 +199,7 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     summary["recommended"] = None
     if choice := check.get("recommended"):
         row = next((row for row in rows if row["level"] == choice.get("level")), {})
-        facts = {"path": relative_path(run_dir, row["path"])} if "path" in row else {}
-        summary["recommended"] = _pick({**row, **choice, **facts, "why": english(choice.get("why"))}, SCHEMA["recommended"][0])
+        summary["recommended"] = _pick({**row, **choice, "why": english(choice.get("why"))}, SCHEMA["recommended"][0])
     benchmarks = stages.get("evaluate", {}).get("rows", [])
     summary["benchmarks"] = [_pick({"stderr": None, "unparsed": None, **row}, SCHEMA["benchmarks"][0]) for row in benchmarks]
     summary["report"] = "report.html"
@@ -206,16 +210,6 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     )
     write_json(run_dir / "summary.json", summary)
     return summary
-
-
-def relative_path(run_dir: Path, path: str) -> str:
-    """``path`` as the run folder sees it: no machine's own folders in a page or a summary."""
-    if not Path(path).is_absolute():
-        return Path(path).as_posix()
-    try:
-        return Path(path).resolve().relative_to(run_dir.resolve()).as_posix()
-    except ValueError:
-        return Path(path).name
 
 
 def validate_summary(summary: Any) -> list[str]:

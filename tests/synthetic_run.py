@@ -9,7 +9,7 @@ from typing import Any
 
 from tsugiki.artifacts import write_json
 
-KINDS = ["rule", "fact", "unanswerable"]
+KINDS = ["rule", "seen_fact", "unanswerable"]
 SIZES = {"F16": 12_600_000, "Q8_0": 6_780_000, "Q6_K": 5_290_000, "Q5_K_M": 4_680_000, "Q4_K_M": 4_120_640, "Q3_K_M": 3_440_000}
 DAMAGE = {"F16": 0.0, "Q8_0": 0.0004, "Q6_K": 0.0011, "Q5_K_M": 0.0026, "Q4_K_M": 0.0058, "Q3_K_M": 0.071}
 PARAMETERS = 6_229_248
@@ -32,7 +32,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
         {
             "n": n, "seed": 0, "epochs": 6, "nll": y, "nll_ci": [y - 0.05, y + 0.055], "bpc": y / math.log(2) * 0.62,
             "train_nll": t, "train_tokens": n * 41, "seconds": n * 0.021,
-            "nll_by_kind": {"rule": y * 0.7, "fact": y * 1.5, "unanswerable": y * 0.2},
+            "nll_by_kind": {"rule": y * 0.7, "seen_fact": y * 1.5, "unanswerable": y * 0.2},
         }
         for n, y, t in zip(counts, nll, train, strict=True)
     ]  # fmt: skip
@@ -43,8 +43,8 @@ def stage_files() -> dict[str, dict[str, Any]]:
         if name not in ("Q8_0", "Q6_K"):
             types["Q6_K"] = {"tensors": 5, "parameters": PARAMETERS - 4_656_384}
         levels.append(
-            {"level": name, "path": f"levels/model-{name}.gguf", "bytes": size, "bpw": size * 8 / PARAMETERS,
-             "sha256": _sha(name), "types": types, "fallbacks": []}
+            {"level": name, "path": f"model-{name}.gguf", "bytes": size, "bpw": size * 8 / PARAMETERS,
+             "sha256": _sha(name), "types": types, "fallbacks": [{"name": "blk.0.odd.weight", "row": 96, "type": "Q8_0"}]}
         )  # fmt: skip
     checked = []
     for name, damage in DAMAGE.items():
@@ -57,7 +57,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
                 "kld_median": damage * 0.2, "kld_p90": damage * 2, "kld_p99": damage * 9, "kld_max": damage * 60,
                 "top1": 1 - damage * 2.1, "top5": 1 - damage, "score": score, "score_ci": [score - 0.04, score + 0.04],
                 "delta_score": score - 0.712, "delta_score_ci": [score - 0.712 - 0.012, score - 0.712 + 0.012],
-                "score_by_kind": {k: _score(score, 120) for k in KINDS}, "truncated": 0, "prompt_tok_s": 9200.0,
+                "score_by_kind": {k: _score(score, 80) for k in KINDS}, "truncated": 0, "prompt_tok_s": 9200.0,
                 "gen_tok_s": 610.0 + damage, "seconds_per_answer": 0.031, "peak_rss": 190_000_000 + SIZES[name],
                 "verdict": "pass" if good else "degraded",
                 "why": {
@@ -67,22 +67,21 @@ def stage_files() -> dict[str, dict[str, Any]]:
                 },
             }
         )  # fmt: skip
-    scores = {"base": [0.0, 0.0, 0.01], "adapted": [0.74, 0.31, 0.97], "F16": [0.74, 0.31, 0.97], "Q8_0": [0.74, 0.30, 0.97],
-              "Q4_K_M": [0.73, 0.29, 0.97]}  # fmt: skip
-    rows = [
-        {"model": model, "task": f"setsubi/{kind}", "metric": "exact_match", "value": value,
-         "stderr": math.sqrt(value * (1 - value) / 120), "n": 120, "unparsed": 0, "truncated": 0}
-        for model, values in scores.items()
-        for kind, value in zip(KINDS, values, strict=True)
-    ]  # fmt: skip
+    scores = {"base": [0.0, 0.0, 0.01], "adapted": [0.74, 0.31, 0.97]}
+    rows = []
+    for model, values in scores.items():
+        for task, value in [("setsubi", sum(values) / 3), *zip([f"setsubi/{k}" for k in KINDS], values, strict=True)]:
+            n = 120 if "/" in task else 360
+            rows.append({"model": model, "task": task, "metric": "exact_match", "value": value,
+                         "stderr": math.sqrt(value * (1 - value) / n), "n": n, "unparsed": 0.0, "truncated": 0.0})  # fmt: skip
     return {
         "data": {
             "domain": "setsubi", "base": "tiny-llama",
             "title": {"ja": "設備保全（架空工場）", "en": "Plant maintenance (fictional)"},
             "samples": {"train": 6000, "valid": 300, "test": 360, "dropped": 47},
-            "dropped_by": {"near-duplicate of a test item": 31, "over-long": 4, "exact duplicate": 12},
+            "dropped_by": {"train: near-duplicate of a test item": 31, "train: longer than 96 tokens": 4, "train: exact duplicate": 12},
             "tokens": {"prompt_mean": 29.4, "completion_mean": 7.1, "longest": 96},
-            "kinds": {"rule": 2400, "fact": 3000, "unanswerable": 600}, "licence": "Apache-2.0",
+            "kinds": {"rule": 120, "seen_fact": 120, "unanswerable": 120}, "licence": "Apache-2.0",
         },
         "sweep": {
             "points": points, "base": {"nll": 4.31, "nll_ci": [4.2, 4.42], "bpc": 3.86},
@@ -91,7 +90,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
             "settings": {"rank": 32, "learning_rate": 0.003, "epochs": 6, "seed": 0},
         },
         "gguf": {
-            "path": "gguf/model-F16.gguf", "bytes": SIZES["F16"], "sha256": _sha("F16"), "bpw": 16.02,
+            "path": "model-F16.gguf", "bytes": SIZES["F16"], "sha256": _sha("F16"), "bpw": 16.02,
             "parity": {"texts": 400, "identical": 398, "rate": 0.995},
             "parity_groups": [
                 {"group": "domain", "texts": 360, "identical": 360, "rate": 1.0},
@@ -102,7 +101,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
         },
         "levels": {"levels": levels},
         "check": {
-            "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "items": 360,
+            "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "items": 240,
             "reference": checked[0], "levels": checked[1:],
             "recommended": {
                 "level": "Q4_K_M",
@@ -114,7 +113,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
             "examples": [
                 {"kind": "rule", "prompt": "ポンプP-731の点検周期は何か月ですか。", "reference": "3か月",
                  "answers": {"base": "そこで私は、あの男の顔を見た。", "F16": "3か月", "Q4_K_M": "3か月"}},
-                {"kind": "fact", "prompt": "ボイラーB-104の設置場所を教えてください。", "reference": "第2工場 東棟",
+                {"kind": "seen_fact", "prompt": "ボイラーB-104の設置場所を教えてください。", "reference": "第2工場 東棟",
                  "answers": {"base": "「いや、</script><b>そう</b>じゃない」", "F16": "第2工場 東棟", "Q4_K_M": "第2工場 西棟"}},
                 {"kind": "unanswerable", "prompt": "ポンプP-731を設計した人の名前は何ですか。", "reference": "分かりません",
                  "answers": {"base": "「" + "ああ、" * 30, "F16": "分かりません", "Q4_K_M": "分かりません"}},
@@ -130,7 +129,7 @@ def write_run(root: Path, stages: dict[str, dict[str, Any]] | None = None) -> Pa
     run_dir.mkdir(parents=True)
     for stage, content in (stage_files() if stages is None else stages).items():
         write_json(run_dir / stage / f"{stage}.json", content)
-        output = {"path": f"{stage}/{stage}.json", "bytes": 2048, "sha256": _sha(stage)}
+        output = {"path": f"{stage}.json", "bytes": 2048, "sha256": _sha(stage)}
         write_json(
             run_dir / stage / "stage.json",
             {"stage": stage, "seconds": seconds[stage], "peak_rss": 900_000_000, "inputs": {"code": _sha("code")}, "outputs": [output]},

@@ -12,7 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tsugiki.recipes.report import data_verdict, embed_json, write_report
+
+from tsugiki.recipes.report import data_verdict, embed_json, reason_ja, write_report
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]
@@ -182,6 +183,25 @@ def test_the_curve_is_put_into_words(counts, best, one_se, overfits_at, kind):
     assert data_verdict(sweep)["kind"] == kind
 
 
+def test_reasons_for_dropping_are_said_in_japanese():
+    assert reason_ja("train: near-duplicate of a test item") == "学習：テストにほぼ同じものがある"
+    assert reason_ja("test: exact duplicate of a train item") == "テスト：学習と同じ質問"
+    assert reason_ja("train: exact duplicate") == "学習：同じ質問の重複"
+    assert reason_ja("valid: longer than 96 tokens") == "検証：96トークンより長い"
+    assert reason_ja("something new") == "something new"
+
+
+def test_the_first_examples_are_of_different_kinds(tmp_path):
+    stages = stage_files()
+    examples = stages["evaluate"]["examples"]
+    stages["evaluate"]["examples"] = sorted(examples * 3, key=lambda e: e["kind"])
+    text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    shown = text[text.index('id="examples"') :]
+    first = sorted(shown.index(e["prompt"]) for e in examples)
+    assert shown.index("class=\"example\"", first[-1]) > first[-1]
+    assert shown[: first[-1]].count('class="example"') == 3
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory) -> dict[str, str]:
     """Documents of a full run on a desktop and on two phones, and of runs that stopped early."""
@@ -212,7 +232,7 @@ def test_every_chart_is_drawn_in_chromium(opened):
     assert marks(dom, "test") == marks(dom, "train") == len(stages["sweep"]["points"])
     levels = 1 + len(stages["check"]["levels"])
     assert marks(dom, "delta_nll") == levels
-    assert marks(dom, "score") == levels + 3 * 3  # and a bar for each of three kinds and three models
+    assert marks(dom, "score") == levels + 4 * 3  # and bars: all items and three kinds, for three models
     assert 'class="optimum"' in dom
     assert "NaN" not in dom[dom.index('id="curve"') : dom.index('id="examples"')]
 

@@ -8,9 +8,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-from tsugiki.recipes.summary import build_summary, validate_summary
 
 from tsugiki.errors import UserError
+from tsugiki.recipes.summary import build_summary, validate_summary
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]
