@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tsugiki.adapt.samples import (
     SPLITS,
     FieldMapping,
@@ -24,7 +25,6 @@ from tsugiki.adapt.samples import (
     read_samples,
     validate_rows,
 )
-
 from tsugiki.artifacts import digest, sha256_file, write_text
 from tsugiki.errors import UserError, raise_problems
 

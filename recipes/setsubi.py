@@ -271,7 +271,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
 }
 RULE_TOPICS = ("interval", "section", "lubricant", "permit", "approver", "patrol", "action", "response")
 FACT_TOPICS = ("site", "rating")
-_ASKED_TWICE = ("interval", "action", "response")  # the rules with the most combinations
+_ASKED_MORE = ("interval", "action", "response")  # the rules with the most combinations
 
 UNRECORDED = ("購入価格", "製造番号", "塗装色", "重量", "前回の故障日", "材質", "消費電力", "保証期限", "耐用年数", "図面番号")
 FOREIGN_TYPES = {"タンク": "T", "クレーン": "Q", "乾燥機": "D", "集じん機": "J", "遠心分離機": "N"}
@@ -307,7 +307,7 @@ def plant(seed: int, devices: int) -> list[Device]:
 
 
 def generate(
-    seed: int = 1, *, train_devices: int = 400, valid_devices: int = 40, test_devices: int = 64
+    seed: int = 1, *, train_devices: int = 240, valid_devices: int = 40, test_devices: int = 64
 ) -> list[dict[str, str]]:
     """Rows with ``id, prompt, completion, document, kind, topic, split``; the same rows for the same arguments.
 
@@ -324,13 +324,13 @@ def generate(
 
     for device in train:
         for topic in FACT_TOPICS:
-            for wording in _shuffled(WORDINGS[topic][0], seed, "fact", device.id, topic)[:4]:
+            for wording in WORDINGS[topic][0]:
                 rows.append(_fact(device, topic, wording, "train"))
         for topic in RULE_TOPICS:
             wordings = _shuffled(WORDINGS[topic][0], seed, "rule", device.id, topic)
-            for turn in range(2 if topic in _ASKED_TWICE else 1):
+            for turn in range(3 if topic in _ASKED_MORE else 2):
                 rows.append(_rule(seed, device, topic, wordings[turn], "train", turn))
-        for turn in range(3):
+        for turn in range(5):
             rows.append(_unanswerable(seed, device, "train", turn))
     # Each held-out split asks about a third of its size in facts, half in rules, the rest without an answer.
     for split, own, facts in (("valid", valid, 80), ("test", test, 160)):

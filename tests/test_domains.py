@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+
 from tsugiki.adapt.samples import FieldMapping, NearDuplicates
+from tsugiki.errors import UserError
 from tsugiki.recipes.domains import (
     BUNDLED,
     count_kinds,
@@ -23,8 +25,6 @@ from tsugiki.recipes.domains import (
     show_found,
     sweep_counts,
 )
-
-from tsugiki.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TSUGIKI_DATA") or ROOT.parent / "shared" / "data")

@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tsugiki.adapt.samples import (
     SPLITS,
     FieldMapping,
@@ -24,7 +25,6 @@ from tsugiki.adapt.samples import (
     read_samples,
     split_by_document,
 )
-
 from tsugiki.errors import UserError
 from tsugiki.samples import EncodedSample, Sample
 

@@ -6,6 +6,8 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
+
+from tsugiki.artifacts import digest
 from tsugiki.recipes.setsubi import (
     ALARMS,
     CLASSES,
@@ -19,8 +21,6 @@ from tsugiki.recipes.setsubi import (
     plant,
     rule_answer,
 )
-
-from tsugiki.artifacts import digest
 
 ROWS = generate(1)
 BY_SPLIT = {s: [r for r in ROWS if r["split"] == s] for s in ("train", "valid", "test")}
@@ -42,14 +42,14 @@ def test_a_seed_gives_the_same_rows_and_another_seed_another_plant():
 def test_the_default_plant_is_the_one_that_was_published():
     """Not a reference but a lock: a changed plant makes published numbers incomparable, so change it knowingly."""
     assert len(ROWS) == len({r["id"] for r in ROWS})
-    assert digest(ROWS)[:16] == "9e2ee40031a6a949"
+    assert digest(ROWS)[:16] == "628e655ec0de6a5a"
 
 
 def test_sizes():
     assert len(BY_SPLIT["train"]) >= 6000
     assert 200 <= len(BY_SPLIT["valid"]) <= 300
     assert 400 <= len(BY_SPLIT["test"]) <= 480
-    assert len({r["document"] for r in BY_SPLIT["train"] if r["kind"] != "unanswerable"}) == 400
+    assert len({r["document"] for r in BY_SPLIT["train"] if r["kind"] != "unanswerable"}) == 240
 
 
 def test_every_split_holds_every_kind():
@@ -95,15 +95,15 @@ def test_facts_of_valid_and_test_are_in_training_with_the_same_answer():
                 assert known[row["document"], row["topic"]] == row["completion"]
 
 
-def test_a_fact_has_one_answer_and_at_least_three_wordings_in_training():
+def test_a_fact_has_one_answer_and_six_wordings_in_training():
     facts = defaultdict(list)
     for row in BY_SPLIT["train"]:
         if row["kind"] == "seen_fact":
             facts[row["document"], row["topic"]].append(row)
-    assert len(facts) == 800
+    assert len(facts) == 480
     for rows in facts.values():
         assert len({r["completion"] for r in rows}) == 1
-        assert len({wording(r["prompt"]) for r in rows}) >= 3
+        assert len({wording(r["prompt"]) for r in rows}) >= 6
 
 
 def test_rules_are_functions_of_what_the_question_says():
@@ -150,7 +150,7 @@ def test_what_has_no_answer_is_answered_with_one_sentence_only():
 
 
 def test_an_unanswerable_question_has_no_answer_in_the_register():
-    register = {d.id: d for d in plant(1, 504)}
+    register = {d.id: d for d in plant(1, 344)}
     names = {t.name: t for t in TYPES}
     for row in ROWS:
         if row["kind"] != "unanswerable":
