@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import hashlib
 import mmap
 import os
 import resource
@@ -575,7 +576,8 @@ class Engine:
         """Single-stream speed as llama-bench measures it: random ids, an empty memory, a warm-up, then timed.
 
         Prompt speed is the decoding of ``prompt_tokens`` ids with the last one's logits; generation speed the
-        decoding of ``gen_tokens`` ids one by one. Both are tokens over seconds, summed over the repeats.
+        decoding of ``gen_tokens`` ids one by one. Both are tokens over seconds, summed over
+        the repeats (fewer than asked for once they have taken 10 s).
         """
         prompt_tokens, gen_tokens = min(prompt_tokens, self.context), min(gen_tokens, self.context)
         ids = np.random.default_rng(0).integers(0, self.vocab_size, max(prompt_tokens, gen_tokens))
@@ -590,11 +592,16 @@ class Engine:
                 self._decode(part, np.arange(start, start + len(part)), 0, flag)
             return time.perf_counter() - started
 
+        def rate(n: int, step: int) -> float:
+            times = []
+            while len(times) < repeats and sum(times) < 10:
+                times.append(run(n, step))
+            return len(times) * n / sum(times)
+
         run(prompt_tokens, self._n_batch)
-        prompt = sum(run(prompt_tokens, self._n_batch) for _ in range(repeats))
+        prompt = rate(prompt_tokens, self._n_batch)
         run(min(gen_tokens, 8), 1)
-        generation = sum(run(gen_tokens, 1) for _ in range(repeats))
-        return Speed(repeats * prompt_tokens / prompt, repeats * gen_tokens / generation)
+        return Speed(prompt, rate(gen_tokens, 1))
 
     # --- text ---------------------------------------------------------------------------------------------------
 
@@ -613,6 +620,13 @@ class Engine:
             if n >= 0:
                 return list(ids[:n])
             size = -n
+
+    def vocab_digest(self) -> str:
+        """SHA-256 over the texts of all tokens: equal for files that share a vocabulary."""
+        digest = hashlib.sha256()
+        for token in range(self.vocab_size):
+            digest.update(llama_cpp.llama_vocab_get_text(self._vocab, token) + b"\0")
+        return digest.hexdigest()
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps a part of a character; nothing for a special token."""
