@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HARD_JAPANESE = (
+HARD_TEXTS = (
     "吾輩は猫である。名前はまだ無い。",
     "ひらがなだけでかいたぶんしょうです",
     "カタカナダケデカイタブンショウデス",

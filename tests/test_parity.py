@@ -16,7 +16,7 @@ from tsugiki.chat import end_of_turn_id, prompt_text
 from tsugiki.errors import UserError
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.parity import Parity, check_bos, logits_agreement, parity, template_texts
-from tsugiki.quantize.texts import HARD_JAPANESE
+from tsugiki.quantize.texts import HARD_TEXTS
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_hard_japanese_sentences_and_conversations(pair):
     name, tokenizer, path, _ = pair
     found = parity(path, tokenizer, {
         "sentences": SENTENCES, "templates": template_texts(tokenizer, SENTENCES, "設備の質問に答える。"),
-        "hard": HARD_JAPANESE, "hard templates": template_texts(tokenizer, HARD_JAPANESE),
+        "hard": HARD_TEXTS, "hard templates": template_texts(tokenizer, HARD_TEXTS),
     }, most=100)
     assert found.texts == sum(g["texts"] for g in found.groups.values())
     assert found.identical + len(found.differences) == found.texts
@@ -99,7 +99,7 @@ def test_hard_japanese_sentences_and_conversations(pair):
         assert found.rate == 1.0
     elif name == "tiny-qwen":
         assert {d["text"] for d in found.differences if d["group"] == "hard"} == {
-            t for t in HARD_JAPANESE if unicodedata.normalize("NFC", t) != t
+            t for t in HARD_TEXTS if unicodedata.normalize("NFC", t) != t
         }
         assert reasons == {"normalizer"}
     else:
@@ -171,7 +171,7 @@ def test_the_real_llmjp_tokenizer_agrees_on_everything_inside_its_vocabulary(tmp
     import json
 
     texts = [json.loads(row)[field] for row in rows for field in ("instruction", "output")]
-    found = parity(path, tokenizer, {"law": texts, "sentences": SENTENCES, "hard": HARD_JAPANESE}, most=1000)
+    found = parity(path, tokenizer, {"law": texts, "sentences": SENTENCES, "hard": HARD_TEXTS}, most=1000)
     assert found.groups["sentences"]["rate"] == 1.0
     assert found.groups["law"]["rate"] >= 0.98
     assert {d["reason"] for d in found.differences} <= {"unknown"}
