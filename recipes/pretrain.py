@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from tsugiki.artifacts import atomic_path, digest, read_json, write_json, write_text
+from tsugiki.chat import TEMPLATES
 from tsugiki.errors import UserError
 from tsugiki.progress import console, progress
 
@@ -32,24 +33,6 @@ LLAMA3_REGEX = (
 )
 ASCII_CHARACTERS = "".join(map(chr, range(0x21, 0x7F)))
 QWEN2_REGEX = LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# The markers of each family's chat format; the templates themselves are ours.
-LLAMA3_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-CHATML_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLMJP_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ m['content'] }}"
-    "{% elif m['role'] == 'user' %}{{ '\n\n### 指示:\n' + m['content'] }}"
-    "{% else %}{{ '\n\n### 応答:\n' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\n\n### 応答:\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -171,11 +154,11 @@ def train_tokenizer(base: TinyBase, texts: list[str]):
 
     if base.tokenizer == "unigram":
         backend, special = _train_unigram(texts, base.vocab_size)
-        template = LLMJP_TEMPLATE
+        template = TEMPLATES["llm-jp"]
     else:
         llama3 = base.tokenizer == "llama3-bpe"
         backend, special = _train_bpe(texts, base.vocab_size, llama3=llama3)
-        template = LLAMA3_TEMPLATE if llama3 else CHATML_TEMPLATE
+        template = TEMPLATES["llama-3" if llama3 else "chatml"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=2048, clean_up_tokenization_spaces=False, **special
     )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ import yaml
 
 from tsugiki.adapt.fit import FitSettings
 from tsugiki.adapt.sweep import SweepSettings, run_sweep
-from tsugiki.artifacts import read_json, sha256_file, sha256_tree, write_json
+from tsugiki.artifacts import read_json, sha256_file, write_json
 from tsugiki.bases import Base, fingerprint, load_bases, profile, resolve
 from tsugiki.errors import UserError
 from tsugiki.progress import console
@@ -41,7 +39,8 @@ class RecipeSettings:
     """All settings of a run; ``--set sweep.epochs=3`` and the like change them."""
 
     sweep: SweepSettings = field(default_factory=SweepSettings)
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[str, ...] = field(default=LEVELS, metadata={"help": "quantization levels to make"})
+    check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
     check: CheckSettings = field(default_factory=CheckSettings)
 
 
@@ -103,7 +102,7 @@ def settle(domain: Domain, changes: list[str], *, large: bool) -> RecipeSettings
     settings = RecipeSettings(sweep=SweepSettings(fit=fit))
     for key, value in domain.sweep.items():
         settings = _change(settings, f"sweep.{key}", value, where=f"{domain.path.name} (sweep.{key})")
-    settings = _change(settings, "check.items", domain.check_items, where=domain.path.name)
+    settings = dataclasses.replace(settings, check_items=domain.check_items)
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
@@ -121,7 +120,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names = {f"sweep.{f.name}": f for f in dataclasses.fields(SweepSettings) if f.name != "fit"}
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
-    names["levels"] = next(f for f in dataclasses.fields(RecipeSettings) if f.name == "levels")
+    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "check_items")}
     return names
 
 
@@ -134,8 +133,8 @@ def _change(settings: RecipeSettings, key: str, value: Any, *, where: str) -> Re
     value = _cast(value, names[key], where)
     section, _, name = key.rpartition(".")
     try:
-        if key == "levels":
-            return dataclasses.replace(settings, levels=value)
+        if not section:
+            return dataclasses.replace(settings, **{name: value})
         if section == "check":
             return dataclasses.replace(settings, check=dataclasses.replace(settings.check, **{name: value}))
         sweep = settings.sweep
@@ -158,9 +157,7 @@ def _cast(value: Any, target: dataclasses.Field, where: str) -> Any:
         items = value if isinstance(value, (list, tuple)) else [value]
         if all(isinstance(i, inner) and not isinstance(i, bool) for i in items):
             return tuple(items)
-    elif kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind)):
-        return value
-    elif kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
+    elif (kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind))) or (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)):
         return value
     elif kind.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -370,7 +367,7 @@ def check_stage(run: Run) -> bool:
     inputs = {
         "gguf": stage_hash(run.folder / "gguf"),
         "levels": stage_hash(run.folder / "levels"),
-        "settings": dataclasses.asdict(settings),
+        "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
         "code": code_digest("tsugiki.quantize.check", "tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
     }
@@ -379,7 +376,7 @@ def check_stage(run: Run) -> bool:
         from tsugiki.quantize.check import check
 
         data = read_json(run.folder / "data" / "data.json")
-        test = read_encoded(run.folder / "data" / "test.jsonl")
+        test = read_encoded(run.folder / "data" / "test.jsonl")[: run.settings.check_items]
         found = check(
             run.folder / "gguf" / "model-F16.gguf", _level_paths(run), test, settings=settings,
             scoring=run.domain.scoring, max_new_tokens=run.domain.max_new_tokens, end_of_turn=data["end_of_turn"],
@@ -393,7 +390,7 @@ def check_stage(run: Run) -> bool:
             run.folder.parent.parent / "results.sqlite", run.name, "check",
             [
                 Result(f"{run.name}/{row['level']}", run.base.name, run.domain.name, metric, row[metric], level=row["level"])
-                for row in [found["reference"], *found["levels"]]
+                for row in found["levels"]
                 for metric in ("nll", "score", "kld_mean", "gen_tok_s", "peak_rss")
                 if row.get(metric) is not None
             ],
@@ -409,17 +406,18 @@ def evaluate_stage(run: Run) -> bool:
         "gguf": stage_hash(run.folder / "gguf"),
         "check": stage_hash(run.folder / "check"),
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
-        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
+        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain",
+                            "tsugiki.recipes.before_after"),
     }
 
     def work(folder: Path) -> list[Path]:
         from tsugiki.recipes.before_after import before_after
 
-        found = before_after(run.folder, run.domain, run.settings.check.items)
+        found = before_after(run.folder, run.domain)
         write_json(folder / "evaluate.json", found)
         for row in found["rows"]:
             if row["model"] in ("base", "adapted"):
-                console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr']:.3f} (n {row['n']})")
+                console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n {row['n']})")
         replace_results(
             run.folder.parent.parent / "results.sqlite", run.name, "evaluate",
             [Result(f"{run.name}/{r['model']}", run.base.name, r["task"], r["metric"], r["value"], stderr=r["stderr"], n=r["n"])

@@ -3,11 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from tsugiki.artifacts import atomic_path, write_text
 from tsugiki.errors import UserError
 from tsugiki.samples import EncodedSample, Sample
 
 _SENTINEL = "接木接木"
+
+# The markers of each family's chat format; the templates themselves are ours.
+TEMPLATES = {
+    "llama-3": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llm-jp": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'system' %}{{ m['content'] }}"
+        "{% elif m['role'] == 'user' %}{{ '\n\n### 指示:\n' + m['content'] }}"
+        "{% else %}{{ '\n\n### 応答:\n' + m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\n\n### 応答:\n' }}{% endif %}"
+    ),
+}
+
+
+def supply_template(base_dir: Path, family: str, out: Path) -> Path:
+    """A folder of the base whose tokenizer has a chat template: the base's own folder where it has one.
+
+    Otherwise ``out``: links to the base's files beside a template, the family's where its markers are in the
+    vocabulary, else the plain one that ends a turn with the EOS token.
+
+    Raises:
+        UserError: the tokenizer has no EOS token either.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    if tokenizer.chat_template:
+        return base_dir
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has neither a chat template nor an EOS token", where=str(base_dir))
+    name = {"llama-3": "llama-3"}.get(family, "chatml" if family.startswith("qwen") else "llm-jp")
+    marker = {"llama-3": "<|eot_id|>", "chatml": "<|im_end|>", "llm-jp": None}[name]
+    if marker and marker not in tokenizer.get_vocab():
+        name = "llm-jp"
+    template = TEMPLATES[name]
+    if tokenizer.bos_token is None:
+        template = template.replace("{{ bos_token }}", "")
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        for file in base_dir.iterdir():
+            if file.is_file():
+                (folder / file.name).symlink_to(file.resolve())
+        write_text(folder / "chat_template.jinja", template)
+    return out
 
 
 def prompt_text(tokenizer, prompt: str, system: str | None = None) -> str:

@@ -1,0 +1,409 @@
+"""The command line: ``tsugiki …``. Every Makefile target calls one of these commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import tsugiki
+from tsugiki.artifacts import read_json
+from tsugiki.bases import load_bases
+from tsugiki.errors import UserError
+from tsugiki.progress import console
+
+HELP = {"no_args_is_help": True, "rich_markup_mode": "rich"}
+app = typer.Typer(help=tsugiki.__doc__, add_completion=False, pretty_exceptions_enable=False, **HELP)
+recipe_app = typer.Typer(help="The staged recipe: domains, bases, runs.", **HELP)
+adapt_app = typer.Typer(help="LoRA adaptation and the sweep over sample counts.", **HELP)
+quantize_app = typer.Typer(help="GGUF files, quantization levels, the degradation check.", **HELP)
+evaluate_app = typer.Typer(help="Scores of the files that ship.", **HELP)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(adapt_app, name="adapt")
+app.add_typer(quantize_app, name="quantize")
+app.add_typer(evaluate_app, name="evaluate")
+
+DomainArgument = Annotated[str, typer.Argument(help="A domain's name, or its YAML.", show_default=False)]
+BaseOption = Annotated[str, typer.Option("--base", help="A name from `tsugiki recipe list`, or a folder.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Folder of the domain's data (else $TSUGIKI_DATA, else ../shared/data)."),
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, as key=value; may be repeated.")]
+
+
+# --- recipe ---------------------------------------------------------------------------------------------------
+
+
+@recipe_app.command("run")
+def recipe_run(
+    domain: DomainArgument,
+    base: BaseOption = "tiny-llama",
+    runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None,
+    stages: Annotated[str, typer.Option(help="Stages to run, comma-separated; empty: all.")] = "",
+    set_: SetOption = None,
+) -> None:
+    """Run the recipe: data → sweep → gguf → levels → check → evaluate → report. Finished stages are skipped."""
+    from tsugiki.recipes.recipe import STAGES, open_run, run_recipe
+
+    run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
+    wanted = tuple(s.strip() for s in stages.split(",") if s.strip()) or STAGES
+    folder = run_recipe(run, wanted)
+    if (folder / "summary.json").exists() and "report" in wanted:
+        show_summary(folder)
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """List the domains, the bases and the settings that --set takes."""
+    from tsugiki.recipes.domains import list_domains, load_domain
+    from tsugiki.recipes.recipe import BASES, setting_names
+
+    out = Console(highlight=False)
+    table = Table("domain", "title", "score", "samples from", title="Domains", title_justify="left")
+    for name, path in list_domains().items():
+        domain = load_domain(path)
+        source = domain.source
+        table.add_row(name, f"{domain.title['ja']} / {domain.title['en']}", domain.scoring,
+                      source.generator or source.hub or ", ".join(source.jsonl.values()))
+    out.print(table)
+    table = Table("base", "from", "parameters", "licence", title="Bases", title_justify="left")
+    for base in load_bases(BASES).values():
+        size = f"{base.parameters / 1e9:.2f}B" if (base.parameters or 0) > 1e8 else f"{(base.parameters or 0) / 1e6:.1f}M"
+        table.add_row(base.name, "bundled" if base.path else f"{base.hub_id}{' (gated)' if base.gated else ''}",
+                      size if base.parameters else "?", base.licence)
+    out.print(table)
+    table = Table("--set", "default", "what", title="Settings", title_justify="left")
+    for key, setting in setting_names().items():
+        default = setting.default if not callable(getattr(setting, "default_factory", None)) else ""
+        table.add_row(key, str(default), setting.metadata.get("help", ""))
+    out.print(table)
+
+
+@recipe_app.command("init")
+def recipe_init(
+    name: Annotated[str, typer.Argument(help="The new domain's name: a-z, 0-9, _ and -.", show_default=False)],
+    file: Annotated[Path, typer.Option("--from", help="Your questions and answers: .jsonl, .json or .csv.", show_default=False)],
+    base: BaseOption = "tiny-llama",
+    force: Annotated[bool, typer.Option(help="Replace a domain of that name.")] = False,
+) -> None:
+    """Write domains/NAME.yaml for your own data, after checking every row, and show what was found."""
+    from transformers import AutoTokenizer
+
+    from tsugiki.bases import resolve
+    from tsugiki.recipes.domains import init_domain, show_found
+    from tsugiki.recipes.recipe import BASES
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(base, load_bases(BASES)))
+    found = init_domain(name, file, tokenizer=tokenizer, force=force)
+    show_found(found)
+    console.print(f"Next: [bold]tsugiki recipe run {name}[/]")
+
+
+@recipe_app.command("show")
+def recipe_show(domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs")) -> None:
+    """Show a finished run: learning curve, levels, recommendation."""
+    show_summary(_run_folder(runs, domain, base))
+
+
+@recipe_app.command("report")
+def recipe_report(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Write summary.json and report.html from the stages that have run."""
+    _stage("report", domain, base, runs, data_dir, set_)
+
+
+@recipe_app.command("tiny-bases")
+def tiny_bases(
+    corpus: Annotated[Path, typer.Option(help="Folder of text: .jsonl (text, or ja and en) and .txt.", show_default=False)],
+    only: Annotated[str, typer.Option(help="Names, comma-separated; empty: all three.")] = "",
+    out: Annotated[Path, typer.Option(help="Where the bases go; a clone's own are in recipes/bases.")] = Path("recipes/bases"),
+    work: Annotated[Path, typer.Option(help="Tokenizers, token ids and checkpoints; delete to start over.")] = Path("work-bases"),
+    tokens: Annotated[int, typer.Option(help="Training tokens of each base; 0: its own default.")] = 0,
+) -> None:
+    """Pre-train the bundled tiny bases from a folder of text (about 20 minutes each on two cores)."""
+    import dataclasses
+
+    from tsugiki.adapt.fit import device_name
+    from tsugiki.recipes.pretrain import TINY_BASES, pretrain
+
+    names = [n.strip() for n in only.split(",") if n.strip()] or list(TINY_BASES)
+    unknown = [n for n in names if n not in TINY_BASES]
+    if unknown:
+        raise UserError(f"there is no tiny base {unknown[0]!r}", hint=f"They are {', '.join(TINY_BASES)}.")
+    if not corpus.is_dir():
+        raise UserError(f"there is no folder {corpus}", hint="Name a folder of text: --corpus DIR")
+    for name in names:
+        base = TINY_BASES[name]
+        base = dataclasses.replace(base, tokens=tokens) if tokens else base
+        pretrain(base, corpus, out / name, work / name, device=device_name())
+
+
+# --- single stages --------------------------------------------------------------------------------------------
+
+
+def _stage(name: str, domain: str, base: str, runs: Path, data_dir: Path | None, changes: list[str] | None) -> None:
+    from tsugiki.recipes.recipe import open_run, run_recipe
+
+    run_recipe(open_run(domain, base, runs=runs, data_dir=data_dir, changes=changes), (name,))
+
+
+@recipe_app.command("data")
+def recipe_data(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Read, check, split and encode a domain's samples."""
+    _stage("data", domain, base, runs, data_dir, set_)
+
+
+@adapt_app.command("sweep")
+def adapt_sweep(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Train one adapter for each sample count and find the lowest test NLL."""
+    _stage("sweep", domain, base, runs, data_dir, set_)
+
+
+@quantize_app.command("gguf")
+def quantize_gguf(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Write base and best adapter as one F16 GGUF and compare it with transformers."""
+    _stage("gguf", domain, base, runs, data_dir, set_)
+
+
+@quantize_app.command("levels")
+def quantize_levels(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Quantize to every level and read back what was written."""
+    _stage("levels", domain, base, runs, data_dir, set_)
+
+
+@quantize_app.command("check")
+def quantize_check(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Measure what each level lost against F16 on the same test ids."""
+    _stage("check", domain, base, runs, data_dir, set_)
+
+
+@evaluate_app.command("domain")
+def evaluate_domain(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Score the base and the adapted model on the domain's test, by kind of item."""
+    _stage("evaluate", domain, base, runs, data_dir, set_)
+
+
+@quantize_app.command("convert")
+def quantize_convert(
+    base: Annotated[str, typer.Option("--base", help="A name from `tsugiki recipe list`, or a folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The GGUF file to write.", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT LoRA adapter.")] = None,
+    dtype: Annotated[str, typer.Option(help="f16, bf16 or f32.")] = "f16",
+) -> None:
+    """Convert a base, with an adapter or without, to GGUF."""
+    from tsugiki.bases import resolve
+    from tsugiki.quantize.convert import convert
+    from tsugiki.recipes.recipe import BASES
+
+    bases = load_bases(BASES)
+    written = convert(resolve(base, bases), out, adapter, dtype=dtype, licence=bases[base].licence if base in bases else None)
+    console.print(f"{out}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
+
+
+@quantize_app.command("types")
+def quantize_types(file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)]) -> None:
+    """Show the types that a GGUF file really holds, and its effective bits per weight."""
+    from tsugiki.quantize.levels import read_types
+
+    found = read_types(file)
+    table = Table("type", "tensors", "parameters", "MB", title=f"{file.name}: {found.level}, {found.bpw:.3f} bits/weight", title_justify="left")
+    for name, part in found.types.items():
+        table.add_row(name, str(part["tensors"]), f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}")
+    Console(highlight=False).print(table)
+
+
+# --- the finished model ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def chat(
+    domain: DomainArgument,
+    level: Annotated[str, typer.Option(help="Which level to talk to; empty: the recommended one.")] = "",
+    base: BaseOption = "tiny-llama",
+    runs: RunsOption = Path("runs"),
+    question: Annotated[str, typer.Option(help="Ask this one question and leave.")] = "",
+    history: Annotated[bool, typer.Option(help="Keep the conversation; adapters trained on single questions do better without.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to the finished model on this machine, through llama.cpp."""
+    from tsugiki.evaluate.chat import answer
+    from tsugiki.evaluate.engine import Engine
+
+    path, system = _model_file(_run_folder(runs, domain, base), level)
+    start = [{"role": "system", "content": system}] if system else []
+    with Engine(path, n_seq_max=1, flash_attention=True) as engine:
+        if question:
+            _say(answer(engine, [*start, {"role": "user", "content": question}], max_new_tokens=max_new_tokens, temperature=temperature))
+            return
+        console.print(f"[dim]{path.name}. An empty line or Ctrl-D ends. / 空行で終了します。[/]")
+        messages = list(start)
+        while line := _ask():
+            messages = [*(messages if history else start), {"role": "user", "content": line}]
+            text = _say(answer(engine, messages, max_new_tokens=max_new_tokens, temperature=temperature))
+            messages.append({"role": "assistant", "content": text})
+
+
+def _ask() -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return ""
+
+
+def _say(pieces) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+@app.command()
+def compare(
+    domain: DomainArgument,
+    base: BaseOption = "tiny-llama",
+    runs: RunsOption = Path("runs"),
+    question: Annotated[list[str] | None, typer.Option(help="A question; may be repeated. None: the report's examples.")] = None,
+) -> None:
+    """Put the same questions to every quantization level, side by side."""
+    from tsugiki.evaluate.chat import answer
+    from tsugiki.evaluate.engine import Engine
+
+    folder = _run_folder(runs, domain, base)
+    _, system = _model_file(folder, "F16")
+    start = [{"role": "system", "content": system}] if system else []
+    examples = read_json(folder / "evaluate" / "evaluate.json")["examples"] if (folder / "evaluate" / "evaluate.json").exists() else []
+    references = {e["prompt"]: e["reference"] for e in examples}
+    questions = question or list(references)
+    if not questions:
+        raise UserError("there is no question", hint="Give one with --question, or run the evaluate stage first.")
+    levels = ["F16", *(row["level"] for row in read_json(folder / "levels" / "levels.json")["levels"])]
+    answers: dict[str, list[str]] = {}
+    for level in levels:
+        with Engine(_model_file(folder, level)[0], n_seq_max=1, flash_attention=True) as engine:
+            answers[level] = [
+                "".join(answer(engine, [*start, {"role": "user", "content": q}], max_new_tokens=256)) for q in questions
+            ]
+    out = Console(highlight=False)
+    for i, q in enumerate(questions):
+        table = Table("level", "answer", title=q, title_justify="left", title_style="bold", min_width=60)
+        if q in references:
+            table.add_row("reference", references[q], style="green", end_section=True)
+        for level in levels:
+            table.add_row(level, answers[level][i])
+        out.print(table)
+
+
+def _run_folder(runs: Path, domain: str, base: str) -> Path:
+    folder = runs / Path(domain).stem / Path(base).name
+    if not folder.is_dir():
+        raise UserError(f"there is no run of {domain} on {base} in {runs}/", hint=f"Run it first: tsugiki recipe run {domain} --base {base}")
+    return folder
+
+
+def _model_file(folder: Path, level: str) -> tuple[Path, str | None]:
+    """The GGUF file of a level (empty: the recommended one) and the domain's system prompt."""
+    level = level or (read_json(folder / "check" / "check.json")["recommended"]["level"] if (folder / "check" / "check.json").exists() else "F16")
+    path = folder / "gguf" / "model-F16.gguf" if level == "F16" else folder / "levels" / f"model-{level}.gguf"
+    if not path.exists():
+        have = sorted(p.stem.removeprefix("model-") for p in folder.glob("*/model-*.gguf"))
+        raise UserError(f"there is no level {level!r} in {folder}", hint=f"There is: {', '.join(have) or 'none yet; run the recipe'}")
+    return path, read_json(folder / "data" / "data.json")["system"]
+
+
+# --- output ---------------------------------------------------------------------------------------------------
+
+
+def show_summary(folder: Path) -> None:
+    """Print a finished run: where the time went, the learning curve, the levels, the recommendation."""
+    summary = read_json(folder / "summary.json")
+    out = Console(highlight=False)
+    times = {p.parent.name: read_json(p)["seconds"] for p in folder.glob("*/stage.json")}
+    out.print("time: " + ", ".join(f"{name} {s:.0f} s" for name, s in sorted(times.items(), key=lambda t: -t[1])))
+    if summary["sweep"]:
+        table = Table("samples", "test NLL", "95 % interval", "bits/char", "train tokens", "seconds", title="Sweep", title_justify="left")
+        best = summary["sweep"]["optimum"]["n"]
+        for p in summary["sweep"]["points"]:
+            table.add_row(f"{p['n']:,}", f"{p['nll']:.4f}", f"{p['nll_ci'][0]:.4f} – {p['nll_ci'][1]:.4f}", f"{p['bpc']:.3f}",
+                          f"{p['train_tokens']:,}", f"{p['seconds']:.0f}", style="bold" if p["n"] == best else None)
+        out.print(table)
+    if summary["levels"]:
+        table = Table("level", "MB", "bits/w", "NLL", "ΔNLL", "KL", "top-1", "score", "gen tok/s", "s/answer", "RSS MB", "verdict",
+                      title="Levels", title_justify="left")
+        for r in summary["levels"]:
+            table.add_row(r["level"], f"{r['bytes'] / 1e6:.1f}", f"{r['bpw']:.2f}", f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}",
+                          f"{r['kld_mean']:.5f}", f"{r['top1']:.1%}", f"{r['score']:.3f}", f"{r['gen_tok_s']:.0f}",
+                          f"{r['seconds_per_answer']:.3f}", f"{r['peak_rss'] / 1e6:.0f}", r["verdict"])
+        out.print(table)
+    before_after = [b for b in summary["benchmarks"] if b["model"] in ("base", "adapted")]
+    if before_after:
+        table = Table("task", "base", "adapted", "n", title="Before and after", title_justify="left")
+        for task in dict.fromkeys(b["task"] for b in before_after):
+            by = {b["model"]: b for b in before_after if b["task"] == task}
+            table.add_row(task, *(f"{by[m]['value']:.3f}" if m in by else "" for m in ("base", "adapted")), str(by["adapted"]["n"]))
+        out.print(table)
+    if summary["recommended"]:
+        out.print(f"Take [bold]{summary['recommended']['level']}[/]: {summary['recommended']['why']}")
+    out.print(f"Report: {folder / summary['report']}")
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        print(tsugiki.__version__)
+        raise typer.Exit
+    context.obj = {"debug": debug}
+
+
+def main() -> None:
+    """Run a command; exit 2 for the user's mistake, 1 for ours, 130 when interrupted."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        console.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on")
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        console.print(f"[bold red]internal error:[/] {type(error).__name__}: {error}", soft_wrap=True)
+        console.print("Run again with --debug in front of the command for the traceback, and report it.")
+        sys.exit(1)
