@@ -65,6 +65,7 @@ VERDICT_NAMES: dict[str, tuple[str, str]] = {
     "reference": ("基準", "reference"),
     "pass": ("合格", "pass"),
     "degraded": ("劣化", "degraded"),
+    "inconclusive": ("判定保留", "inconclusive"),
 }
 PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
 
@@ -181,7 +182,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
         "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,
         "examples": _in_turn(evaluated.get("examples", [])),
-        "level_items": check.get("items"),
+        "level_items": _items(check),
         "task_count": len(scores),
         "base_score": _base_score(evaluated),
         "models": {"base": ("元のモデル", "Base"), "adapted": ("適応後", "Adapted")},
@@ -213,18 +214,25 @@ def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, 
     if rows and level not in scored:
         chosen = next((row for row in check.get("levels", []) if row["level"] == level), {})
         for (_, metric), group in groups.items():
-            part = (chosen.get("score_by_kind") or {}).get(group["kind"])
+            part = (chosen.get("score_by_kind") or chosen.get("kinds") or {}).get(group["kind"])
             if metric != evaluated.get("scoring"):
                 continue
             if part:
-                group["bars"].append(_bar(level, part["score"], part.get("se"), part["n"], {}))
+                bar = _bar(level, part["score"], part.get("se"), part["n"], {})
+                low, high = part.get("score_ci") or (bar["low"], bar["high"])
+                group["bars"].append({**bar, "low": low, "high": high})
             elif not group["kind"] and chosen.get("score") is not None:
                 low, high = chosen.get("score_ci") or (chosen["score"], chosen["score"])
-                group["bars"].append({**_bar(level, chosen["score"], None, check.get("items"), {}), "low": low, "high": high})
+                group["bars"].append({**_bar(level, chosen["score"], None, _items(check), {}), "low": low, "high": high})
     order = {"base": 0, "adapted": 1}
     for group in groups.values():
         group["bars"].sort(key=lambda bar: order.get(bar["model"], 2))
     return list(groups.values())
+
+
+def _items(check: dict[str, Any]) -> int | None:
+    """How many test items the degradation check used."""
+    return check.get("items", check.get("samples"))
 
 
 def _bar(model: str, value: float, stderr: float | None, n: int | None, row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tsugiki.artifacts import read_json, write_json
 from tsugiki.errors import UserError, raise_problems
 
 STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate")
-VERDICTS = ("reference", "pass", "degraded")
+VERDICTS = ("reference", "pass", "degraded", "inconclusive")
 
 # A dict is an object with exactly these keys, a list of one entry an array of such entries, a text names a type;
 # "?" at its end allows null, and so does a pair (object, None). An interval is [low, high].
@@ -127,7 +127,8 @@ def level_rows(stages: dict[str, Any]) -> list[dict[str, Any]]:
     """
     written = {row["level"]: _placed(row, "levels") for row in stages.get("levels", {}).get("levels", [])}
     checked = {row["level"]: row for row in stages.get("check", {}).get("levels", [])}
-    reference = stages.get("check", {}).get("reference") or {}
+    reference = next((row for row in checked.values() if row.get("verdict") == "reference"), {})
+    reference = stages.get("check", {}).get("reference") or reference
     top = reference.get("level", "F16")
     rows = []
     if "gguf" in stages or reference:

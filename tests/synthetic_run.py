@@ -19,8 +19,9 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _score(value: float, n: int) -> dict[str, float]:
-    return {"score": value, "se": math.sqrt(value * (1 - value) / n), "n": n}
+def _score(value: float, n: int) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(value * (1 - value) / n)
+    return {"score": value, "score_ci": [value - half, value + half], "n": n}
 
 
 def stage_files() -> dict[str, dict[str, Any]]:
@@ -57,9 +58,11 @@ def stage_files() -> dict[str, dict[str, Any]]:
                 "kld_median": damage * 0.2, "kld_p90": damage * 2, "kld_p99": damage * 9, "kld_max": damage * 60,
                 "top1": 1 - damage * 2.1, "top5": 1 - damage, "score": score, "score_ci": [score - 0.04, score + 0.04],
                 "delta_score": score - 0.712, "delta_score_ci": [score - 0.712 - 0.012, score - 0.712 + 0.012],
-                "score_by_kind": {k: _score(score, 80) for k in KINDS}, "truncated": 0, "prompt_tok_s": 9200.0,
+                "kinds": {k: _score(score, 80) for k in KINDS}, "truncated": 0.0,
+                "changed": 3, "examples": [{"id": "x", "prompt": "冷却塔CT-12の潤滑油は何ですか。", "reference": "油A",
+                                            "f16": "油A", "level": "油B", "f16_score": 1.0, "level_score": 0.0}], "prompt_tok_s": 9200.0,
                 "gen_tok_s": 610.0 + damage, "seconds_per_answer": 0.031, "peak_rss": 190_000_000 + SIZES[name],
-                "verdict": "pass" if good else "degraded",
+                "verdict": "reference" if name == "F16" else "pass" if good else "degraded",
                 "why": {
                     "en": "The interval of the NLL difference stays inside the margin."
                     if good else "The NLL rises by more than the margin of 0.02 nats.",
@@ -101,8 +104,8 @@ def stage_files() -> dict[str, dict[str, Any]]:
         },
         "levels": {"levels": levels},
         "check": {
-            "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "items": 240,
-            "reference": checked[0], "levels": checked[1:],
+            "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "samples": 240,
+            "levels": checked,
             "recommended": {
                 "level": "Q4_K_M",
                 "why": {"en": "The smallest file whose loss stays inside both margins.", "ja": "二つの許容幅に収まる最小のファイルです。"},

@@ -145,6 +145,13 @@ def test_a_partial_run_shows_what_there_is(tmp_path, count):
         assert (section in page.ids) == (stage in stages)
 
 
+def test_a_level_that_cannot_be_judged_is_neither_pass_nor_degraded(tmp_path):
+    stages = stage_files()
+    stages["check"]["levels"][4]["verdict"] = "inconclusive"
+    text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    assert text.count('class="verdict inconclusive"') == 3  # the headline, the legend, the table
+
+
 def test_a_check_that_recommends_nothing_says_so(tmp_path):
     stages = stage_files()
     stages["check"]["recommended"] = None
@@ -158,7 +165,7 @@ def test_only_the_required_fields_are_enough(tmp_path):
             del point[key]
     for key in ("base", "p_best_by_n", "settings"):
         del stages["sweep"][key]
-    for row in [stages["check"]["reference"], *stages["check"]["levels"]]:
+    for row in stages["check"]["levels"]:
         row.update(score=None, score_ci=None, delta_score=None, peak_rss=None, gen_tok_s=None)
     stages["check"]["settings"] = {}
     stages["gguf"] = {k: stages["gguf"][k] for k in ("path", "bytes", "sha256", "parity")}
@@ -230,7 +237,7 @@ def test_every_chart_is_drawn_in_chromium(opened):
     assert found["errors"] == "0", found.get("error")
     assert (found["ready"], found["lang"], found["charts"], found["overflow"]) == ("1", "ja", "4", "0")
     assert marks(dom, "test") == marks(dom, "train") == len(stages["sweep"]["points"])
-    levels = 1 + len(stages["check"]["levels"])
+    levels = len(stages["check"]["levels"])
     assert marks(dom, "delta_nll") == levels
     assert marks(dom, "score") == levels + 4 * 3  # and bars: all items and three kinds, for three models
     assert 'class="optimum"' in dom

@@ -64,6 +64,13 @@ def test_the_recommended_file_is_named_relative_to_the_run_folder(tmp_path):
     )
 
 
+def test_the_reference_may_also_stand_apart_from_the_levels(tmp_path):
+    apart = stage_files()
+    apart["check"]["reference"] = apart["check"]["levels"].pop(0)
+    together = build_summary(write_run(tmp_path / "a"))
+    assert build_summary(write_run(tmp_path / "b", apart)) == together
+
+
 def test_f16_can_be_the_recommendation(tmp_path):
     stages = stage_files()
     stages["check"]["recommended"]["level"] = "F16"
@@ -84,7 +91,7 @@ def test_a_run_that_stopped_early_still_has_every_key(tmp_path, count):
 def test_every_missing_value_is_named_by_its_path(tmp_path):
     stages = stage_files()
     del stages["sweep"]["points"][2]["nll"]
-    del stages["check"]["levels"][1]["kld_p99"]
+    del stages["check"]["levels"][2]["kld_p99"]
     stages["evaluate"]["rows"][0]["value"] = "0.5"
     with pytest.raises(UserError) as error:
         build_summary(write_run(tmp_path, stages))
