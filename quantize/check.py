@@ -531,8 +531,9 @@ def _lock_step(engines: Sequence[Engine], samples: Sequence[EncodedSample]):
 def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
     """What each file makes of the same ``R`` positions; the first of the files is the reference ``p``.
 
-    ``KL(p ‖ q) = Σ p · (x_p − x_q) − (lse_p − lse_q)``: the difference of logits is nearly exact in float32,
-    sums and log-sum-exps are float64. Rounding below zero is cut off.
+    ``KL(p ‖ q) = Σ p · (x_p − x_q) / Σ p − (lse_p − lse_q)``: the difference of logits is nearly exact in float32,
+    sums and log-sum-exps are float64, and dividing by ``Σ p`` keeps a constant between the two files' logits out
+    of the rounding of ``p``. Rounding below zero is cut off.
 
     Args:
         logits: float32 ``(R, V)`` of each file.
@@ -545,6 +546,7 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
     reference, row = logits[0], np.arange(len(targets))
     lse = log_sum_exp(reference)
     p = np.exp(reference - lse[:, None].astype(np.float32))
+    mass = p.sum(axis=1, dtype=np.float64)
     best, five = reference.argmax(axis=1), _top(reference, 5)
     found = {key: np.zeros((len(logits), len(targets))) for key in ("nll", "kld", "top1", "top5")}
     for i, x in enumerate(logits):
@@ -555,7 +557,7 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
             continue
         gap = reference - x
         gap *= p
-        found["kld"][i] = np.maximum(gap.sum(axis=1, dtype=np.float64) - (lse - own), 0)
+        found["kld"][i] = np.maximum(gap.sum(axis=1, dtype=np.float64) / mass - (lse - own), 0)
         found["top1"][i] = x.argmax(axis=1) == best
         found["top5"][i] = (five[:, :, None] == _top(x, 5)[:, None, :]).any(axis=2).mean(axis=1)
     return found

@@ -249,7 +249,7 @@ def test_a_file_without_the_tensors_of_its_architecture_gives_llama_cpps_reason(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="llama.cpp cannot load it"):
+    with pytest.raises(UserError, match=r"llama\.cpp cannot load it"):
         Engine(path)
 
 
