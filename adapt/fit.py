@@ -204,7 +204,7 @@ def fit(
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=max(1, settings.batch_size // settings.micro_batch),
         lr_scheduler_type="cosine", warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="group_by_length",
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
         bf16=gpu, gradient_checkpointing=gpu and getattr(model, "is_loaded_in_4bit", False),
         optim="paged_adamw_8bit" if getattr(model, "is_loaded_in_4bit", False) else "adamw_torch_fused",
         logging_steps=5, logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True,
