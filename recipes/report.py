@@ -176,6 +176,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "levels": rows,
         "checked": [row for row in rows if "nll" in row],
         "choice": choice,
+        "because": _because(choice),
         "chosen": next((row for row in rows if choice and row["level"] == choice.get("level")), None),
         "reference": next((row for row in rows if row.get("verdict") == "reference"), {}),
         "more_data": data_verdict(sweep) if sweep.get("points") else None,
@@ -197,6 +198,15 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
     }
 
 
+def _because(choice: dict[str, Any] | None) -> Text:
+    """Why the file is recommended, without the name and size that the headline has already said."""
+    why = (choice or {}).get("why") or {}
+    why = why if isinstance(why, dict) else {"ja": why, "en": why}
+    prefix = re.compile(re.escape((choice or {}).get("level") or "") + r"\s*[(（][^)）]*[)）]\s*[:：]\s*")
+    ja, en = (prefix.sub("", why.get(language, ""), count=1) for language in ("ja", "en"))
+    return {"ja": ja, "en": en[:1].upper() + en[1:]}
+
+
 def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, Any]]:
     """Score before and after by task: base and adapted from ``evaluate``, the recommended level from either stage."""
     level = (check.get("recommended") or {}).get("level")
@@ -211,7 +221,8 @@ def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, 
             (row["task"], row["metric"]), {"kind": kind, "ja": ja, "en": en, "n": row["n"], "metric": metric, "bars": []}
         )
         group["bars"].append(_bar(row["model"], row["value"], row.get("stderr"), row["n"], row))
-    if rows and level not in scored:
+    whole = max((row["n"] for row in rows), default=0)
+    if rows and level not in scored and _items(check) == whole:  # on fewer items the bars could not be compared
         chosen = next((row for row in check.get("levels", []) if row["level"] == level), {})
         for (_, metric), group in groups.items():
             part = (chosen.get("score_by_kind") or chosen.get("kinds") or {}).get(group["kind"])
@@ -399,7 +410,7 @@ def _size(value: Any) -> str:
         return NONE
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}" if value < 100 * factor else f"{value / factor:.0f} {unit}"
+            return f"{value / factor:#.3g} {unit}" if value < 99.9 * factor else f"{value / factor:.0f} {unit}"
     return f"{value} B"
 
 
@@ -411,7 +422,7 @@ def _seconds(value: Any, minute: str, second: str) -> str:
     if _absent(value):
         return NONE
     if value < 1:
-        return f"{value:.2g}{second}"
+        return f"{1000 * value:.3g} ms"
     if value < 60:
         return f"{value:.1f}{second}"
     return f"{int(value) // 60}{minute}{int(value) % 60}{second}"

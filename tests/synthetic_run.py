@@ -21,7 +21,7 @@ def _sha(text: str) -> str:
 
 def _score(value: float, n: int) -> dict[str, Any]:
     half = 1.96 * math.sqrt(value * (1 - value) / n)
-    return {"score": value, "score_ci": [value - half, value + half], "n": n}
+    return {"score": value, "score_ci": [value - half, value + half], "n": n, "delta_score": -0.01, "delta_score_ci": [-0.03, 0.01]}
 
 
 def stage_files() -> dict[str, dict[str, Any]]:
@@ -108,7 +108,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
             "levels": checked,
             "recommended": {
                 "level": "Q4_K_M",
-                "why": {"en": "The smallest file whose loss stays inside both margins.", "ja": "二つの許容幅に収まる最小のファイルです。"},
+                "why": {"en": "Q4_K_M (4.1 MB): the smallest file that passes.", "ja": "Q4_K_M(4.1 MB):合格した中で最小のファイルです。"},
             },
         },
         "evaluate": {

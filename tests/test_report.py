@@ -108,6 +108,21 @@ def test_the_page_says_what_to_ship_and_whether_more_data_helps(tmp_path):
         assert expected in top
 
 
+def test_the_reason_does_not_repeat_the_headline(tmp_path):
+    text = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    assert '<p class="because"><span class="ja" lang="ja">合格した中で最小のファイルです。' in text
+    assert ">The smallest file that passes.<" in text
+
+
+def test_a_level_stands_beside_the_adapted_model_only_when_both_answered_the_same_items(tmp_path):
+    stages = stage_files()
+    legend = '<path d="M0 2h26v8H0z"'
+    fewer = write_report(write_run(tmp_path / "fewer", stages)).read_text(encoding="utf-8")
+    stages["check"]["samples"] = 360
+    same = write_report(write_run(tmp_path / "same", stages)).read_text(encoding="utf-8")
+    assert (fewer.count(legend), same.count(legend)) == (2, 3)
+
+
 def test_hostile_text_stays_text(tmp_path):
     stages = stage_files()
     evil = "</script><script>document.title='stolen'</script><img src=x onerror=alert(1)>"
@@ -150,6 +165,7 @@ def test_a_level_that_cannot_be_judged_is_neither_pass_nor_degraded(tmp_path):
     stages["check"]["levels"][4]["verdict"] = "inconclusive"
     text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
     assert text.count('class="verdict inconclusive"') == 3  # the headline, the legend, the table
+    assert "not proven yet" in text and ">Ship " not in text
 
 
 def test_a_check_that_recommends_nothing_says_so(tmp_path):
@@ -239,7 +255,7 @@ def test_every_chart_is_drawn_in_chromium(opened):
     assert marks(dom, "test") == marks(dom, "train") == len(stages["sweep"]["points"])
     levels = len(stages["check"]["levels"])
     assert marks(dom, "delta_nll") == levels
-    assert marks(dom, "score") == levels + 4 * 3  # and bars: all items and three kinds, for three models
+    assert marks(dom, "score") == levels + 4 * 2  # and bars: all items and three kinds, before and after
     assert 'class="optimum"' in dom
     assert "NaN" not in dom[dom.index('id="curve"') : dom.index('id="examples"')]
 
