@@ -22,7 +22,8 @@ from tsugiki.adapt.fit import FitSettings, device_name, fit, load_base
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.adapt.optimum import Optimum, find_optimum
 
-from tsugiki.artifacts import atomic_path, digest, read_json, write_json
+from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
+from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
 from tsugiki.progress import console, progress
 from tsugiki.samples import EncodedSample, read_encoded
@@ -84,7 +85,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     left_out = sorted(set(settings.counts) - set(counts))
     if left_out:
         console.print(f"  [yellow]counts {left_out} left out: there are {len(train)} training samples[/]")
-    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), _base_digest(base_dir)])
+    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), fingerprint(base_dir)])
     # The longest fit first, so that the workers end together.
     wanted = [(n, seed) for n in sorted(counts, reverse=True) for seed in settings.seeds]
     base_folder = out / "points" / "base"
@@ -144,13 +145,7 @@ def _nats(folder: Path) -> np.ndarray:
 
 
 def _file_digest(data: Path) -> str:
-    from tsugiki.artifacts import sha256_file
-
     return digest([sha256_file(data / "train.jsonl"), sha256_file(data / "test.jsonl")])
-
-
-def _base_digest(base_dir: Path) -> list:
-    return [[p.name, p.stat().st_size] for p in sorted(base_dir.iterdir()) if p.is_file()]
 
 
 def _workers(settings: SweepSettings) -> int:
