@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tsugiki.adapt.nll import model_parts
-
 from tsugiki.errors import UserError
 from tsugiki.samples import EncodedSample
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 from tsugiki.adapt.fit import FitSettings, device_name, fit, load_base
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.adapt.optimum import Optimum, find_optimum
-
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
