@@ -99,11 +99,11 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        options["device_map"] = {"": 0}
+    if device == "cuda":
+        options["device_map"] = {"": 0}  # shard by shard to the card, never the whole model in main memory
     # torch's fused attention has no fast bf16 backward on the CPU: it took 44 % of a step on a tiny base.
     options["attn_implementation"] = "sdpa" if device == "cuda" or exact else "eager"
-    model = AutoModelForCausalLM.from_pretrained(base_dir, config=config, use_safetensors=True, **options)
-    return model if four_bit else model.to(device)
+    return AutoModelForCausalLM.from_pretrained(base_dir, config=config, use_safetensors=True, **options)
 
 
 def add_adapter(model, settings: FitSettings, seed: int):

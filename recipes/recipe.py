@@ -293,6 +293,7 @@ def gguf_stage(run: Run) -> bool:
         from transformers import AutoTokenizer
 
         from tsugiki.quantize.convert import convert
+        from tsugiki.quantize.levels import read_types
         from tsugiki.quantize.parity import check_bos, logits_agreement, parity, template_texts
         from tsugiki.quantize.texts import HARD_TEXTS
 
@@ -315,10 +316,11 @@ def gguf_stage(run: Run) -> bool:
             f"  token ids: {same.identical:,} of {same.texts:,} texts as in transformers; logits: KL {agreement.kl_mean:.1e} "
             f"nats/token, NLL {agreement.nll_hf:.4f} → {agreement.nll_gguf:.4f}"
         )
+        inside = read_types(out)
         write_json(
             folder / "gguf.json",
             {
-                "path": out.name, "bytes": written.bytes, "sha256": sha256_file(out), "bpw": 8 * written.bytes / written.parameters,
+                "path": out.name, "bytes": inside.bytes, "sha256": sha256_file(out), "bpw": inside.bpw, "types": inside.types,
                 "conversion": dataclasses.asdict(written) | {"path": out.name},
                 "parity": {"texts": same.texts, "identical": same.identical, "rate": same.rate},
                 "parity_groups": [{"group": g, **v} for g, v in same.groups.items()],

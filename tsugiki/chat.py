@@ -114,14 +114,18 @@ def encode(tokenizer, samples: Iterable[Sample], system: str | None = None) -> l
     merges across the border has the answer tokenised alone, so that the mask never moves into the prompt.
     """
     end = end_of_turn_id(tokenizer)
+    samples = list(samples)
+    if not samples:
+        return []
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    heads = [prompt_text(tokenizer, s.prompt, system) for s in samples]
+    prompts, wholes = ids(heads), ids([h + s.completion for h, s in zip(heads, samples, strict=True)])
+    alone = ids([s.completion for s in samples])
     encoded = []
-    for s in samples:
-        head = prompt_text(tokenizer, s.prompt, system)
-        prompt_ids = tokenizer(head, add_special_tokens=False)["input_ids"]
-        whole = tokenizer(head + s.completion, add_special_tokens=False)["input_ids"]
-        if whole[: len(prompt_ids)] == prompt_ids:
-            completion_ids = whole[len(prompt_ids) :]
-        else:
-            completion_ids = tokenizer(s.completion, add_special_tokens=False)["input_ids"]
+    for s, prompt_ids, whole, answer in zip(samples, prompts, wholes, alone, strict=True):
+        completion_ids = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else answer
         encoded.append(EncodedSample(s.id, s.prompt, s.completion, s.document, s.kind, prompt_ids, [*completion_ids, end]))
     return encoded
