@@ -31,6 +31,7 @@ from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
 REFERENCE = "F16"
 MIN_DOCUMENTS = 10  # a bootstrap over fewer is not to be trusted: no interval, so no verdict
+WIDTH = 8  # sequences decoded together: 16 took a third more time on a CPU, attention runs over all of them
 MOST_SAMPLES = 1_000_000  # "how many more samples" is not counted beyond this
 
 
@@ -489,7 +490,7 @@ def _compare(job: dict) -> dict:
         engines = []
         for path in job["paths"].values():
             _say(at=path)
-            engines.append(stack.enter_context(Engine(path, n_ctx=job["n_ctx"])))
+            engines.append(stack.enter_context(Engine(path, n_ctx=job["n_ctx"], n_seq_max=WIDTH)))
         first = engines[0]
         for other in engines[1:]:
             if other.vocab_size != first.vocab_size:
@@ -578,7 +579,7 @@ def _answers(job: dict) -> dict:
         if done % 25 == 0 or done == len(samples):
             _say(steps=25 if done % 25 == 0 else done % 25)
 
-    with Engine(job["path"], n_ctx=job["n_ctx"]) as engine:
+    with Engine(job["path"], n_ctx=job["n_ctx"], n_seq_max=WIDTH) as engine:
         found = domain_answers(
             engine,
             samples,
