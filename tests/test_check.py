@@ -16,7 +16,7 @@ from tsugiki.chat import encode, end_of_turn_id
 from tsugiki.errors import UserError
 from tsugiki.evaluate.domain import Answer
 from tsugiki.evaluate.engine import Engine
-from tsugiki.quantize.check import CheckSettings, bootstrap, check, divergence, judge, recommend, run_child, verdict
+from tsugiki.quantize.check import WIDTH, CheckSettings, bootstrap, check, divergence, judge, recommend, run_child, verdict
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.levels import make_level
 from tsugiki.samples import EncodedSample, Sample, write_encoded
@@ -278,7 +278,7 @@ def test_eight_bits_diverge_less_than_three(result):
 
 def test_the_numbers_are_those_of_two_engines_read_one_after_the_other(result, files, samples):
     def log_p(path):
-        with Engine(path) as engine:
+        with Engine(path, n_seq_max=WIDTH) as engine:
             logits = np.concatenate([x for _, x in engine.completion_logits(samples)]).astype(np.float64)
         return logits - np.logaddexp.reduce(logits, axis=1)[:, None]
 
