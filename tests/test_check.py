@@ -16,7 +16,17 @@ from tsugiki.chat import encode, end_of_turn_id
 from tsugiki.errors import UserError
 from tsugiki.evaluate.domain import Answer
 from tsugiki.evaluate.engine import Engine
-from tsugiki.quantize.check import WIDTH, CheckSettings, bootstrap, check, divergence, judge, recommend, run_child, verdict
+from tsugiki.quantize.check import (
+    WIDTH,
+    CheckSettings,
+    bootstrap,
+    check,
+    divergence,
+    judge,
+    recommend,
+    run_child,
+    verdict,
+)
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.levels import make_level
 from tsugiki.samples import EncodedSample, Sample, write_encoded
