@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tsugiki.adapt.nll import model_parts
 from tsugiki.errors import UserError
+from tsugiki.machine import peak_rss
 from tsugiki.samples import EncodedSample
 
 
@@ -221,7 +221,7 @@ def fit(
         train_tokens=settings.epochs * sum(len(s.ids) for s in samples),
         steps=trainer.state.global_step,
         seconds=time.monotonic() - began,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_rss(),
         losses=losses,
     )
     model.eval()

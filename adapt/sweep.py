@@ -25,6 +25,7 @@ from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
+from tsugiki.machine import cpu_count
 from tsugiki.progress import console, progress
 from tsugiki.samples import EncodedSample, read_encoded
 
@@ -151,7 +152,7 @@ def _file_digest(data: Path) -> str:
 def _workers(settings: SweepSettings) -> int:
     if settings.workers:
         return settings.workers
-    return 1 if device_name() == "cuda" else max(1, len(os.sched_getaffinity(0)))
+    return 1 if device_name() == "cuda" else cpu_count()
 
 
 def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
@@ -159,7 +160,7 @@ def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
     if not jobs:
         return
     workers = min(_workers(settings), len(jobs))
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, cpu_count() // workers)
     trials = {job: _ask(study, *job) for job in jobs if job}
     context = multiprocessing.get_context("spawn")
     (out / "progress").mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,7 @@ import ctypes
 import hashlib
 import mmap
 import os
-import resource
 import struct
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 
 from tsugiki.errors import UserError
+from tsugiki.machine import cpu_count
 from tsugiki.samples import EncodedSample
 
 LOGIT_BYTES = 64 << 20  # of float32 logits that one decode call may return: 2,700 rows of a vocabulary of 6,144
@@ -171,11 +170,6 @@ def _start() -> None:
         _started = True
 
 
-def cpu_count() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def thread_count(path: Path | str) -> int:
     """CPU threads for a model file: one for each 64 MB begun, at most 16 and at most the cores.
 
@@ -184,12 +178,6 @@ def thread_count(path: Path | str) -> int:
     and in 8 to 22 s with two.
     """
     return min(cpu_count(), 16, 1 + Path(path).stat().st_size // 64_000_000)
-
-
-def peak_rss() -> int:
-    """The largest resident memory that this process has had, in bytes (interpreter and mapped file included)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ import numpy as np
 
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.domain import Answer, domain_answers, summarize
-from tsugiki.evaluate.engine import Engine, check_gguf, cpu_count, log_sum_exp, peak_rss, thread_count
+from tsugiki.evaluate.engine import Engine, check_gguf, log_sum_exp, thread_count
 from tsugiki.evaluate.score import score
+from tsugiki.machine import cpu_count, peak_rss
 from tsugiki.progress import progress
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
@@ -326,19 +327,22 @@ def _more_samples(row: dict, number: int, settings: CheckSettings) -> int | None
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The smallest file that passes; if none, the smallest that is not shown to be worse; if none, F16."""
+    """The smallest file that passes; if none, the largest that is not shown to be worse; if none, F16.
+
+    Where nothing is proven the careful choice is the one closest to F16.
+    """
     for wanted, en, ja in (
         ("pass", "the smallest file that passes", "合格した中で最小のファイルです"),
         (
             "inconclusive",
-            "no level passes; of those not shown to be degraded it is the smallest, so check it with more samples",
-            "合格した量子化はなく、劣化と断定できない中で最小のファイルです。サンプルを増やして確かめてください",
+            "no level is proven yet; of those not shown to be degraded it is the closest to F16, so check with more samples",
+            "まだ合格と言える量子化はなく、劣化と断定できない中でF16に最も近いファイルです。サンプルを増やして確かめてください",
         ),
         ("reference", "every level is degraded, so keep F16", "すべての量子化で劣化が認められたため、F16を使ってください"),
     ):
         found = [r for r in rows if r["verdict"] == wanted]
         if found:
-            best = min(found, key=lambda r: r["bytes"])
+            best = (max if wanted == "inconclusive" else min)(found, key=lambda r: r["bytes"])
             size = f"{best['bytes'] / 1e6:,.1f} MB"
             return {"level": best["level"], "why": {"en": f"{best['level']} ({size}): {en}.", "ja": f"{best['level']}({size}):{ja}。"}}
     raise ValueError("there is no row to recommend")

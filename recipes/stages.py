@@ -13,6 +13,7 @@ from typing import Any
 import tsugiki
 from tsugiki.artifacts import digest, read_json, sha256_file, sha256_tree, write_json
 from tsugiki.errors import UserError
+from tsugiki.machine import peak_rss
 from tsugiki.progress import console
 
 ROOT = Path(tsugiki.__file__).parent
@@ -86,7 +87,7 @@ def run_stage(
             "inputs": inputs,
             "outputs": [_output(folder, p) for p in outputs],
             "seconds": round(seconds, 2),
-            "peak_rss": peak_rss(),
+            "peak_rss": largest_rss(),
             "version": tsugiki.__version__,
             "pid": os.getpid(),
         },
@@ -101,9 +102,9 @@ def is_done(folder: Path, key: str) -> bool:
     return record["key"] == key and all(_size(folder / o["path"]) == o["bytes"] for o in record["outputs"])
 
 
-def peak_rss() -> int:
+def largest_rss() -> int:
     """The largest resident memory of this process or of any finished child so far, bytes."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(peak_rss(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def _output(folder: Path, path: Path) -> dict:

@@ -215,12 +215,12 @@ def test_kinds_and_changed_answers_are_reported(judged):
     assert level["examples"][0]["level_score"] < level["examples"][0]["f16_score"]
 
 
-def test_the_recommendation_is_the_smallest_that_passes_else_the_smallest_undecided_else_f16():
+def test_the_recommendation_is_the_smallest_that_passes_else_the_largest_undecided_else_f16():
     def rows(**verdicts):
         return [{"level": k, "verdict": v, "bytes": int(k[1:3])} for k, v in verdicts.items()]
 
     assert recommend(rows(F16="reference", Q08="pass", Q05="pass", Q04="degraded"))["level"] == "Q05"
-    assert recommend(rows(F16="reference", Q08="inconclusive", Q05="inconclusive", Q04="degraded"))["level"] == "Q05"
+    assert recommend(rows(F16="reference", Q08="inconclusive", Q05="inconclusive", Q04="degraded"))["level"] == "Q08"
     assert recommend(rows(F16="reference", Q08="degraded"))["level"] == "F16"
 
 
