@@ -1,0 +1,1 @@
+"""Where a model stands for the compute spent: score tables, budgets, factors, laws."""
