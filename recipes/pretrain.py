@@ -102,15 +102,21 @@ def read_corpus(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in files:
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
+            text = _utf8(path.read_bytes(), str(path))
             yield name, language_of(text), text
             found = True
             continue
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(_utf8(line, where))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"not JSON ({error})", where=where) from error
                 if not isinstance(row, dict):
-                    raise UserError("a line must be a JSON object", where=f"{path}:{number}")
+                    raise UserError("a line must be a JSON object", where=where)
                 key = str(row.get("id", number))
                 if isinstance(row.get("text"), str):
                     yield f"{name}:{key}", row.get("lang") or language_of(row["text"]), row["text"]
@@ -122,6 +128,15 @@ def read_corpus(folder: Path) -> Iterator[tuple[str, str, str]]:
                             found = True
     if not found:
         raise UserError(f"no text found below {folder}", hint="Name a folder with .jsonl or .txt files: CORPUS=DIR")
+
+
+def _utf8(data: bytes, where: str) -> str:
+    """Text as text mode reads it: UTF-8, every line end a newline."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte 0x{data[error.start]:02x} at byte {error.start + 1})", where=where) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def passages_of(document: str, lang: str, text: str, *, most: int) -> Iterator[Passage]:
@@ -271,7 +286,7 @@ def build_windows(base: TinyBase, tokenizer, passages: list[Passage]) -> tuple[n
         ``(windows, counts)``: uint16 token ids ``(W, sequence + 1)``, and the tokens of each language in them.
     """
     rng = random.Random(base.seed)
-    rows: list[np.ndarray] = []
+    rows: list[tuple[str, np.ndarray]] = []
     counts: Counter = Counter()
     passes: dict[str, float] = {}
     wanted = {"ja": round(base.tokens * base.japanese_share), "en": round(base.tokens * (1 - base.japanese_share))}
@@ -283,7 +298,7 @@ def build_windows(base: TinyBase, tokenizer, passages: list[Passage]) -> tuple[n
             rng.shuffle(pool)
             for i, passage in enumerate(pool):
                 ids = passage_ids(tokenizer, passage, chat=rng.random() < base.chat_share)
-                rows.append(np.asarray(ids, dtype=np.uint16))
+                rows.append((lang, np.asarray(ids, dtype=np.uint16)))
                 counts[lang] += len(ids)
                 if counts[lang] >= goal:
                     passes[lang] = round(passes.get(lang, 0) + (i + 1) / len(pool), 3)
@@ -291,11 +306,18 @@ def build_windows(base: TinyBase, tokenizer, passages: list[Passage]) -> tuple[n
             else:
                 passes[lang] = passes.get(lang, 0) + 1.0
     rng.shuffle(rows)
-    stream = np.concatenate(rows)
+    stream = np.concatenate([ids for _, ids in rows])
     width = base.sequence + 1
-    steps = len(stream) // (width * base.batch)
-    windows = stream[: steps * base.batch * width].reshape(-1, width)
-    return windows, {"tokens": dict(counts), "passes": passes, "windows": len(windows)}
+    kept = len(stream) // (width * base.batch) * base.batch * width
+    if not kept:
+        raise UserError(f"{len(stream):,} tokens do not fill one step of {width * base.batch:,}", hint="Ask for more tokens.")
+    # The rest of the stream is not trained on, so its tokens do not count.
+    tokens, at = dict.fromkeys(wanted, 0), 0
+    for lang, ids in rows:
+        tokens[lang] += max(0, min(len(ids), kept - at))
+        at += len(ids)
+    windows = stream[:kept].reshape(-1, width)
+    return windows, {"tokens": tokens, "passes": passes, "windows": len(windows)}
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -318,7 +340,16 @@ def build_model(base: TinyBase, tokenizer):
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str = "cpu") -> None:
+def pretrain(
+    base: TinyBase,
+    corpus: Path,
+    out: Path,
+    work: Path,
+    *,
+    device: str = "cpu",
+    compiled: bool = True,
+    checkpoint_every: int = 200,
+) -> None:
     """Train one bundled base and write it to ``out`` (config, tokenizer, bf16 safetensors, model card).
 
     Args:
@@ -327,6 +358,11 @@ def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str
         out: the base's folder; replaced when training is complete.
         work: tokenizer, windows and checkpoints; delete it to start over.
         device: a torch device.
+        compiled: through torch.compile: faster after a minute, with other roundings.
+        checkpoint_every: steps from one checkpoint to the next; a kill loses at most so many.
+
+    Raises:
+        UserError: a corpus that cannot be read or is too small, or a work folder of another training run.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -374,7 +410,7 @@ def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str
             logits = model.lm_head(hidden)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
-    compiled = torch.compile(loss_of)
+    step_loss = torch.compile(loss_of) if compiled else loss_of
     order = np.random.default_rng(base.seed).permutation(len(windows))
     steps = len(windows) // base.batch
     start = _load_checkpoint(work, model, optimizers, load_file)
@@ -389,7 +425,7 @@ def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str
                     group["lr"] = rate * scale
             rows = order[step * base.batch : (step + 1) * base.batch]
             ids = torch.from_numpy(windows[rows].astype(np.int64)).to(device)
-            loss = compiled(ids)
+            loss = step_loss(ids)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -401,7 +437,7 @@ def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str
                 bar.update(task, completed=step + 1, note=f"{loss.item():.3f} nats/token, {rate:,.0f} tokens/s")
                 with (work / "log.jsonl").open("a") as log:
                     log.write(json.dumps({"step": step + 1, "loss": round(loss.item(), 4), "tokens_s": round(rate)}) + "\n")
-            if step % 200 == 199:
+            if (step + 1) % checkpoint_every == 0:
                 _save_checkpoint(work, step + 1, model, optimizers, save_file)
 
     model = model.eval().to("cpu")
@@ -417,7 +453,9 @@ def pretrain(base: TinyBase, corpus: Path, out: Path, work: Path, *, device: str
                 "documents": dict(Counter(lang for _, lang, _ in train_docs))}
         write_json(folder / "training.json", card)
         write_text(folder / "README.md", model_card(base, card, samples))
-    console.print(f"[bold]{base.name}[/]: {bits['ja']:.3f} bits/character on held-out Japanese, {bits['en']:.3f} on English")
+    console.print(
+        f"[bold]{base.name}[/]: bits/character on held-out Japanese {_bits(bits['ja'])}, on English {_bits(bits['en'])}"
+    )
 
 
 def _tokenizer_texts(base: TinyBase, documents: list[tuple[str, str, str]], characters: int = 6_000_000) -> list[str]:
@@ -469,8 +507,17 @@ def _load_checkpoint(work: Path, model, optimizers, load_file) -> int:
         return int(file.metadata()["step"])
 
 
-def bits_per_character(model, tokenizer, documents: list[tuple[str, str, str]], characters: int = 120_000) -> float:
-    """Held-out bits per character: summed nats of all tokens after BOS, over ln 2 and the characters scored."""
+def _bits(value: float | None) -> str:
+    return "not measured: no document was held out" if value is None else f"{value:.3f}"
+
+
+def bits_per_character(
+    model, tokenizer, documents: list[tuple[str, str, str]], characters: int = 120_000
+) -> float | None:
+    """Held-out bits per character: summed nats of all tokens after BOS, over ln 2 and the characters scored.
+
+    ``None`` where the documents hold no text.
+    """
     import torch
 
     nats, scored = 0.0, 0
@@ -485,7 +532,7 @@ def bits_per_character(model, tokenizer, documents: list[tuple[str, str, str]], 
             scored += len(tokenizer.decode(ids))
             if scored >= characters:
                 return nats / math.log(2) / scored
-    return nats / math.log(2) / max(1, scored)
+    return nats / math.log(2) / scored if scored else None
 
 
 def _samples(model, tokenizer, seed: int) -> dict[str, str]:
@@ -519,7 +566,7 @@ def model_card(base: TinyBase, card: dict, samples: dict[str, str]) -> str:
         f"Passes over the text: {card['passes']['ja']} Japanese, {card['passes']['en']} English. "
         f"{base.chat_share:.0%} of the passages were written as one chat turn, so that the chat tokens are trained.", "",
         "| held-out bits per character | |", "|---|---|",
-        f"| Japanese | {bits['ja']:.3f} |", f"| English | {bits['en']:.3f} |", "",
+        f"| Japanese | {_bits(bits['ja'])} |", f"| English | {_bits(bits['en'])} |", "",
         "Text: public-domain works of Aozora Bunko (authors who died by 1945; annotations removed), English public-domain books and "
         "US presidential addresses, and the Rust book in Japanese and English (MIT OR Apache-2.0). See NOTICE in the repository. "
         "The literary text is from before 1946; some of it holds language now considered discriminatory.", "",
