@@ -1,8 +1,11 @@
-"""The domain score of the untouched base and of the adapted model, on the whole test set."""
+"""The domain score of the untouched base and of the adapted model, on the same test items."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from rich.progress import Progress
 
 from tsugiki.artifacts import read_json
 from tsugiki.evaluate.domain import Answer, domain_answers, summarize
@@ -14,8 +17,13 @@ from tsugiki.samples import EncodedSample, read_encoded
 EXAMPLES_PER_KIND = 3
 
 
-def before_after(run_dir: Path, domain: Domain) -> dict:
-    """Answers of the base and the adapted model in F16 to every test item, and of the recommended level to the examples.
+def before_after(run_dir: Path, domain: Domain, *, items: int) -> dict:
+    """Answers of the base and the adapted model in F16, and of the recommended level to the examples.
+
+    Args:
+        run_dir: the run's folder.
+        domain: the run's domain.
+        items: how many test items, a prefix in hash order.
 
     Returns:
         ``{"scoring", "rows", "examples"}``: one row for each model and kind of item (``task`` is ``domain`` or
@@ -23,17 +31,18 @@ def before_after(run_dir: Path, domain: Domain) -> dict:
     """
     data = read_json(run_dir / "data" / "data.json")
     check = read_json(run_dir / "check" / "check.json")
-    test = read_encoded(run_dir / "data" / "test.jsonl")
+    test = read_encoded(run_dir / "data" / "test.jsonl")[:items]
     files = {"base": run_dir / "gguf" / "base-F16.gguf", "adapted": run_dir / "gguf" / "model-F16.gguf"}
     options = {"scoring": domain.scoring, "max_new_tokens": domain.max_new_tokens, "end_of_turn": data["end_of_turn"]}
-    answers: dict[str, list[Answer]] = {}
-    with progress() as bar:
-        for model, path in files.items():
-            task = bar.add_task(model, total=len(test), note="")
-            with Engine(path, flash_attention=True) as engine:
-                answers[model] = domain_answers(
-                    engine, test, **options, on_done=lambda done, task=task: bar.update(task, completed=done)
-                )
+
+    def answered(model: str, bar: Progress) -> list[Answer]:
+        task = bar.add_task(model, total=len(test), note="")
+        with Engine(files[model], flash_attention=True) as engine:
+            return domain_answers(engine, test, **options, on_done=lambda done: bar.update(task, completed=done))
+
+    # A small model uses one thread well: the two files are answered side by side.
+    with progress() as bar, ThreadPoolExecutor(2) as pool:
+        answers = dict(zip(files, pool.map(lambda model: answered(model, bar), files), strict=True))
     examples = _examples(test)
     shown = {s.id: {m: next(a.text for a in rows if a.id == s.id) for m, rows in answers.items()} for s in examples}
     level = check["recommended"]["level"]

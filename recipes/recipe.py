@@ -7,24 +7,27 @@ Each stage is a function of a :class:`Run` and writes one folder of ``runs/<doma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from tsugiki.adapt.fit import FitSettings
 from tsugiki.adapt.sweep import SweepSettings, run_sweep
-from tsugiki.artifacts import read_json, sha256_file, write_json
+from tsugiki.artifacts import digest, read_json, sha256_file, write_json
 from tsugiki.bases import Base, fingerprint, load_bases, profile, resolve
 from tsugiki.errors import UserError
 from tsugiki.progress import console
 from tsugiki.quantize.check import CheckSettings
 from tsugiki.recipes.domains import Domain, domain_digest, load_domain, load_splits
-from tsugiki.recipes.stages import code_digest, run_stage, stage_hash
+from tsugiki.recipes.stages import alone, code_digest, run_stage, stage_hash
 from tsugiki.results import Result, replace_results
 from tsugiki.samples import read_encoded, write_encoded
 
@@ -41,7 +44,19 @@ class RecipeSettings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     levels: tuple[str, ...] = field(default=LEVELS, metadata={"help": "quantization levels to make"})
     check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
+    evaluate_items: int = field(default=500, metadata={"help": "test items scored before and after adaptation, in hash order"})
     check: CheckSettings = field(default_factory=CheckSettings)
+
+    def __post_init__(self) -> None:
+        if self.check_items < 1:
+            raise UserError(f"check_items must be at least 1, not {self.check_items}")
+        if self.levels != LEVELS:
+            from tsugiki.quantize.levels import file_type
+
+            if not self.levels or len(set(self.levels)) < len(self.levels) or "F16" in self.levels:
+                raise UserError(f"levels must be distinct and other than F16, which is always made, not {list(self.levels)}")
+            for level in self.levels:
+                file_type(level)
 
 
 @dataclass(frozen=True)
@@ -78,13 +93,14 @@ def open_run(
     found = load_domain(domain)
     bases = load_bases(BASES)
     base_dir = resolve(base, bases)
-    known = bases.get(base) or Base(name=_folder_name(base_dir), path=base_dir, family="")
+    known = bases.get(base) or Base(name=folder_name(base_dir), path=base_dir, family="")
     large = (profile(base_dir).parameters or 0) >= LARGE
     settings = settle(found, changes or [], large=large)
     return Run(found, known, base_dir, runs / found.name / known.name, data_dir, settings)
 
 
-def _folder_name(folder: Path) -> str:
+def folder_name(folder: Path) -> str:
+    """The name of a base that was given as a folder."""
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.name).strip(".-")
     if not name:
         raise UserError(f"the folder {folder} has no name that could name a base", hint="Rename it.")
@@ -120,7 +136,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names = {f"sweep.{f.name}": f for f in dataclasses.fields(SweepSettings) if f.name != "fit"}
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
-    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "check_items")}
+    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "check_items", "evaluate_items")}
     return names
 
 
@@ -152,6 +168,9 @@ def _change(settings: RecipeSettings, key: str, value: Any, *, where: str) -> Re
 def _cast(value: Any, target: dataclasses.Field, where: str) -> Any:
     """Check a YAML value against a field's type."""
     kind = str(target.type)
+    if kind.startswith("float") and isinstance(value, str):  # YAML 1.1 reads 3e-3 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if kind.startswith("tuple"):
         inner = int if "int" in kind else str
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -159,7 +178,7 @@ def _cast(value: Any, target: dataclasses.Field, where: str) -> Any:
             return tuple(items)
     elif (kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind))) or (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool)):
         return value
-    elif kind.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif kind.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     elif kind.startswith("str") and isinstance(value, str):
         return value
@@ -173,19 +192,26 @@ def run_recipe(run: Run, stages: tuple[str, ...] = STAGES) -> Path:
     """Run the stages that are not done yet, in order; returns the run's folder."""
     unknown = [s for s in stages if s not in STAGES]
     if unknown:
-        raise UserError(f"there is no stage {unknown[0]!r}", hint=f"The stages: {', '.join(STAGES)}")
+        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
+        raise UserError(f"there is no stage {unknown[0]!r}",
+                        hint=f"{f'Did you mean {near[0]}? ' if near else ''}The stages: {', '.join(STAGES)}")
     began = time.monotonic()
-    console.print(f"[bold]{run.domain.title['ja']}[/] ({run.domain.name}) on [bold]{run.base.name}[/] → {run.folder}")
+    console.print(f"[bold]{escape(_title(run.domain))}[/] ({run.domain.name}) on [bold]{run.base.name}[/] → {escape(str(run.folder))}")
     steps = {
         "data": data_stage, "sweep": sweep_stage, "gguf": gguf_stage, "levels": levels_stage,
         "check": check_stage, "evaluate": evaluate_stage, "report": report_stage,
     }
-    ran = [name for name in STAGES if name in stages and steps[name](run)]
+    with alone(run.folder):
+        ran = [name for name in STAGES if name in stages and steps[name](run)]
     if ran:
         console.print(f"[bold]{run.name}[/]: {', '.join(ran)} in {time.monotonic() - began:.0f} s")
     else:
         console.print(f"[bold]{run.name}[/]: nothing to do, every stage is done")
     return run.folder
+
+
+def _title(domain: Domain) -> str:
+    return domain.title.get("ja") or domain.title["en"]
 
 
 def data_stage(run: Run) -> bool:
@@ -196,6 +222,7 @@ def data_stage(run: Run) -> bool:
         "system": domain.system,
         "max_tokens": domain.max_tokens,
         "base": fingerprint(run.base_dir),
+        "told": [domain.title, domain.licence, domain.credit, domain.scoring],
         "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
     }
 
@@ -253,7 +280,7 @@ def _base_dir(run: Run) -> Path:
 def sweep_stage(run: Run) -> bool:
     """One adapter for each sample count, all scored on the same test samples; the best is kept."""
     inputs = {
-        "data": stage_hash(run.folder / "data"),
+        "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
         "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum"),
@@ -262,6 +289,7 @@ def sweep_stage(run: Run) -> bool:
     def work(folder: Path) -> list[Path]:
         result = run_sweep(_base_dir(run), run.folder / "data", folder, run.settings.sweep)
         best = result["optimum"]
+        test_items = read_json(run.folder / "data" / "data.json")["samples"]["test"]
         console.print(
             f"  optimum: {best['n']:,} samples, test NLL {best['nll']:.4f} nats/token "
             f"({best['nll_ci'][0]:.4f} to {best['nll_ci'][1]:.4f}); within one standard error: {best['one_se_n']:,}"
@@ -270,7 +298,8 @@ def sweep_stage(run: Run) -> bool:
             run.folder.parent.parent / "results.sqlite", run.name, "sweep",
             [
                 Result(run.name, run.base.name, run.domain.name, "nll", p["nll"], adapter=f"n{p['n']}-s{p['seed']}",
-                       settings={"n": p["n"], "seed": p["seed"], "epochs": p["epochs"], "ci": p["nll_ci"]})
+                       n=test_items, settings={"n": p["n"], "seed": p["seed"], "epochs": p["epochs"], "ci": p["nll_ci"]},
+                       provenance=digest(inputs))
                 for p in result["points"]
             ],
         )
@@ -282,8 +311,8 @@ def sweep_stage(run: Run) -> bool:
 def gguf_stage(run: Run) -> bool:
     """Base and best adapter as one F16 GGUF; the same token ids and logits as transformers, or it is said."""
     inputs = {
-        "sweep": stage_hash(run.folder / "sweep"),
-        "data": stage_hash(run.folder / "data"),
+        "sweep": stage_hash(run.folder / "sweep", "adapter"),
+        "data": stage_hash(run.folder / "data", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity",
                             "tsugiki.quantize.texts"),
@@ -291,12 +320,14 @@ def gguf_stage(run: Run) -> bool:
 
     def work(folder: Path) -> list[Path]:
         from transformers import AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
         from tsugiki.quantize.convert import convert
         from tsugiki.quantize.levels import read_types
         from tsugiki.quantize.parity import check_bos, logits_agreement, parity, template_texts
         from tsugiki.quantize.texts import HARD_TEXTS
 
+        transformers_logging.disable_progress_bar()  # a bar over the few tensors of a load says nothing
         base_dir, adapter = _base_dir(run), run.folder / "sweep" / "adapter"
         out = folder / "model-F16.gguf"
         written = convert(base_dir, out, adapter, name=f"{run.base.name}-{run.domain.name}",
@@ -337,7 +368,7 @@ def gguf_stage(run: Run) -> bool:
 def levels_stage(run: Run) -> bool:
     """The quantized files, and what was really written into them."""
     inputs = {
-        "gguf": stage_hash(run.folder / "gguf"),
+        "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": list(run.settings.levels),
         "code": code_digest("tsugiki.quantize.levels"),
     }
@@ -367,8 +398,9 @@ def check_stage(run: Run) -> bool:
     """What each level lost, measured on the same test ids against F16, and which file to take."""
     settings = run.settings.check
     inputs = {
-        "gguf": stage_hash(run.folder / "gguf"),
-        "levels": stage_hash(run.folder / "levels"),
+        "data": stage_hash(run.folder / "data", "test.jsonl"),
+        "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
+        "levels": stage_hash(run.folder / "levels", *(f"model-{level}.gguf" for level in run.settings.levels)),
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
         "code": code_digest("tsugiki.quantize.check", "tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
@@ -391,7 +423,8 @@ def check_stage(run: Run) -> bool:
         replace_results(
             run.folder.parent.parent / "results.sqlite", run.name, "check",
             [
-                Result(f"{run.name}/{row['level']}", run.base.name, run.domain.name, metric, row[metric], level=row["level"])
+                Result(f"{run.name}/{row['level']}", run.base.name, run.domain.name, metric, row[metric], level=row["level"],
+                       n=len(test), provenance=digest(inputs))
                 for row in found["levels"]
                 for metric in ("nll", "score", "kld_mean", "gen_tok_s", "peak_rss")
                 if row.get(metric) is not None
@@ -404,10 +437,13 @@ def check_stage(run: Run) -> bool:
 
 def evaluate_stage(run: Run) -> bool:
     """The domain score before and after adaptation, by kind of item, and examples of answers."""
+    stage_hash(run.folder / "check")
+    level = read_json(run.folder / "check" / "check.json")["recommended"]["level"]
     inputs = {
-        "gguf": stage_hash(run.folder / "gguf"),
-        "check": stage_hash(run.folder / "check"),
-        "scoring": [run.domain.scoring, run.domain.max_new_tokens],
+        "data": stage_hash(run.folder / "data", "test.jsonl"),
+        "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf", "base-F16.gguf"),
+        "recommended": [level, level != "F16" and stage_hash(run.folder / "levels", f"model-{level}.gguf")],
+        "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
         "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain",
                             "tsugiki.recipes.before_after"),
     }
@@ -415,14 +451,15 @@ def evaluate_stage(run: Run) -> bool:
     def work(folder: Path) -> list[Path]:
         from tsugiki.recipes.before_after import before_after
 
-        found = before_after(run.folder, run.domain)
+        found = before_after(run.folder, run.domain, items=run.settings.evaluate_items)
         write_json(folder / "evaluate.json", found)
         for row in found["rows"]:
             if row["model"] in ("base", "adapted"):
                 console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n {row['n']})")
         replace_results(
             run.folder.parent.parent / "results.sqlite", run.name, "evaluate",
-            [Result(f"{run.name}/{r['model']}", run.base.name, r["task"], r["metric"], r["value"], stderr=r["stderr"], n=r["n"])
+            [Result(f"{run.name}/{r['model']}", run.base.name, r["task"], r["metric"], r["value"], stderr=r["stderr"], n=r["n"],
+                    provenance=digest(inputs))
              for r in found["rows"]],
         )
         return [folder / "evaluate.json"]
@@ -434,7 +471,7 @@ def report_stage(run: Run) -> bool:
     """``summary.json`` for programs and ``report.html`` for people."""
     stages = [s for s in STAGES if s != "report" and (run.folder / s / "stage.json").exists()]
     inputs = {
-        "stages": {s: read_json(run.folder / s / "stage.json") for s in stages},
+        "stages": {s: sha256_file(run.folder / s / "stage.json") for s in stages},
         "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary"),
         "template": sha256_file(Path(__file__).with_name("report.html")),
     }
@@ -445,8 +482,9 @@ def report_stage(run: Run) -> bool:
 
         build_summary(run.folder)
         page = write_report(run.folder)
-        console.print(f"  {page}")
+        console.print(f"  {escape(str(page))}")
         return []
 
-    missing = [name for name in ("report.html", "summary.json") if not (run.folder / name).exists()]
-    return run_stage(run.folder / "report", {**inputs, "missing": missing}, work, console_title="summary.json and report.html")
+    if not all((run.folder / name).exists() for name in ("report.html", "summary.json")):
+        (run.folder / "report" / "stage.json").unlink(missing_ok=True)
+    return run_stage(run.folder / "report", inputs, work, console_title="summary.json and report.html")
