@@ -82,9 +82,13 @@ def sha256_file(path: Path | str) -> str:
 
 
 def sha256_tree(path: Path | str) -> str:
-    """SHA-256 over the relative names and bytes of all files below a folder (or of one file)."""
+    """SHA-256 over the relative names and bytes of all files below a folder (or of one file).
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+    """
     path = Path(path)
-    if path.is_file():
+    if not path.is_dir():
         return sha256_file(path)
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return digest([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
