@@ -91,10 +91,13 @@ def end_of_turn_id(tokenizer) -> int:
     """The id of the special token that the template writes after an assistant's answer.
 
     Raises:
-        UserError: no special token follows the answer, so the model could never learn to stop.
+        UserError: no special token follows the answer, so the model could never learn to stop, or the template drops
+            the answer.
     """
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
-    tail = _render(tokenizer, messages, add_generation_prompt=False).rpartition(_SENTINEL)[2]
+    _, answer, tail = _render(tokenizer, messages, add_generation_prompt=False).rpartition(_SENTINEL)
+    if not answer:
+        raise UserError("the chat template drops the assistant's answer", hint="Write message['content'] for every role.")
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
     # A tokenizer that prepends a space marks it with a token of its own.
     ids = [i for i in ids if tokenizer.decode([i]).strip()]
