@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ def code_digest(*modules: str) -> str:
     return digest(sources)
 
 
-def stage_hash(folder: Path) -> str:
-    """The hash of a finished stage's outputs.
+def stage_hash(folder: Path, *names: str) -> str:
+    """The hash of a finished stage's outputs, or of those named: what depends on one file ignores the others.
 
     Raises:
         UserError: the stage has not been run.
@@ -43,7 +45,24 @@ def stage_hash(folder: Path) -> str:
     if not path.exists():
         raise UserError(f"the stage {folder.name!r} has not been run", where=str(folder.parent),
                         hint=f"Run it first: --stages …,{folder.name},…, or leave --stages out.")
-    return digest([o["sha256"] for o in read_json(path)["outputs"]])
+    outputs = {o["path"]: o["sha256"] for o in read_json(path)["outputs"]}
+    return digest([outputs[n] for n in names] if names else list(outputs.values()))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; a killed process lets go of it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError("another process is at work on this run", where=str(folder), hint="Wait until it ends, or stop it.") from error
+        yield
 
 
 def run_stage(
@@ -56,12 +75,16 @@ def run_stage(
 ) -> bool:
     """Run one stage unless it is done for these inputs.
 
+    The stage writes into a folder beside its own, which takes the place of the old one when all is there: a
+    mistake or a kill leaves what an earlier run made.
+
     Args:
         folder: of the stage.
         inputs: everything the outputs depend on, as JSON (settings, hashes of code and of upstream stages).
-        work: writes into the folder and returns the output files and folders.
+        work: writes into the folder it is given and returns the output files and folders.
         console_title: shown while it runs.
-        keep_partial: leave what an earlier, unfinished or outdated run wrote (the stage knows what it can use).
+        keep_partial: work in the stage's own folder, on what an earlier, unfinished or outdated run left there
+            (the stage knows what it can use).
 
     Returns:
         Whether it ran (``False``: it was done already).
@@ -71,34 +94,45 @@ def run_stage(
     if record.exists() and is_done(folder, key):
         console.print(f"[dim]{folder.name:<9} done already[/]")
         return False
-    record.unlink(missing_ok=True)
-    if folder.exists() and not keep_partial:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    place = folder if keep_partial else folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (old, folder.with_name(f".{folder.name}.new")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep_partial:
+        record.unlink(missing_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{folder.name:<9}[/] {console_title}")
     began = time.monotonic()
-    outputs = work(folder)
+    outputs = work(place)
     seconds = time.monotonic() - began
     write_json(
-        record,
+        place / "stage.json",
         {
             "stage": folder.name,
             "key": key,
             "inputs": inputs,
-            "outputs": [_output(folder, p) for p in outputs],
+            "outputs": [_output(place, p) for p in outputs],
             "seconds": round(seconds, 2),
             "peak_rss": largest_rss(),
             "version": tsugiki.__version__,
             "pid": os.getpid(),
         },
     )
+    if place != folder:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(place, folder)
+        shutil.rmtree(old, ignore_errors=True)
     console.print(f"[dim]{'':<9} {seconds:.1f} s[/]")
     return True
 
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the stage finished with this key and its outputs are still there, with their sizes."""
-    record = read_json(folder / "stage.json")
+    try:
+        record = read_json(folder / "stage.json")
+    except ValueError:
+        return False
     return record["key"] == key and all(_size(folder / o["path"]) == o["bytes"] for o in record["outputs"])
 
 
