@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +51,26 @@ class CheckSettings:
         seed: of the bootstrap.
     """
 
-    margin_nll: float = 0.05
-    margin_score: float = 0.03
-    confidence: float = 0.95
-    resamples: int = 2000
-    seed: int = 0
+    margin_nll: float = field(default=0.05, metadata={"help": "a level may cost so much, nats/token"})
+    margin_score: float = field(default=0.03, metadata={"help": "a level may lose so much of the mean score, 0 to 1"})
+    confidence: float = field(default=0.95, metadata={"help": "of the two-sided intervals"})
+    resamples: int = field(default=2000, metadata={"help": "bootstrap samples of the documents"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} must be {rule}, not {getattr(self, name)!r}"
+            for name, ok, rule in (
+                ("margin_nll", self.margin_nll > 0, "above 0"),
+                ("margin_score", 0 < self.margin_score <= 1, "above 0 and at most 1"),
+                ("confidence", 0 < self.confidence < 1, "between 0 and 1"),
+                ("resamples", self.resamples >= 100, "at least 100"),
+                ("seed", self.seed >= 0, "at least 0"),
+            )
+            if not ok
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong))
 
 
 def check(
