@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tsugiki.errors import UserError
@@ -24,15 +25,18 @@ def render(engine: Engine, messages: list[dict[str, str]]) -> str:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # The environment that transformers gives its templates: a sandbox, blocks trimmed.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.globals["raise_exception"] = refuse
+    # The environment that transformers gives its templates: a sandbox, blocks trimmed, loop controls, an undefined
+    # name false in a condition (`if message.tool_calls`).
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     special = {
         f"{name}_token": engine.piece(token).decode("utf-8", "replace") if token >= 0 else ""
         for name, token in (("bos", engine.bos), ("eos", engine.eos))
     }
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+        return environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+        )
     except TemplateError as error:
         raise UserError(f"the chat template refuses the conversation: {error}", where=str(engine.path)) from error
 
