@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import tsugiki
@@ -65,25 +69,24 @@ def recipe_list() -> None:
     from tsugiki.recipes.domains import list_domains, load_domain
     from tsugiki.recipes.recipe import BASES, setting_names
 
-    out = Console(highlight=False)
-    table = Table("domain", "title", "score", "samples from", title="Domains", title_justify="left")
+    domains = _table("Domains", "domain", "title; score; samples from")
     for name, path in list_domains().items():
         domain = load_domain(path)
         source = domain.source
-        table.add_row(name, f"{domain.title['ja']} / {domain.title['en']}", domain.scoring,
-                      source.generator or source.hub or ", ".join(source.jsonl.values()))
-    out.print(table)
-    table = Table("base", "from", "parameters", "licence", title="Bases", title_justify="left")
+        domains.add_row(name, f"{' / '.join(domain.title.values())}; {domain.scoring}\n[dim]"
+                        + escape(source.generator or source.hub or "\n".join(source.jsonl.values())) + "[/]")
+    bases = _table("Bases", "base", "from; parameters; licence")
     for base in load_bases(BASES).values():
         size = f"{base.parameters / 1e9:.2f}B" if (base.parameters or 0) > 1e8 else f"{(base.parameters or 0) / 1e6:.1f}M"
-        table.add_row(base.name, "bundled" if base.path else f"{base.hub_id}{' (gated)' if base.gated else ''}",
-                      size if base.parameters else "?", base.licence)
-    out.print(table)
-    table = Table("--set", "default", "what", title="Settings", title_justify="left")
+        bases.add_row(base.name, escape("bundled" if base.path else f"{base.hub_id}{' (gated)' if base.gated else ''}")
+                      + f"\n[dim]{size if base.parameters else 'unknown size'}; {escape(base.licence)}[/]")
+    settings = _table("Settings", "--set", "default", "what")
     for key, setting in setting_names().items():
-        default = setting.default if not callable(getattr(setting, "default_factory", None)) else ""
-        table.add_row(key, str(default), setting.metadata.get("help", ""))
-    out.print(table)
+        default = setting.default
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else "null" if default is None else str(default)
+        settings.add_row(key, escape(f"[{text}]" if isinstance(default, tuple) else text), escape(setting.metadata.get("help", "")))
+    for table in (domains, bases, settings):
+        _out().print(table)
 
 
 @recipe_app.command("init")
@@ -91,19 +94,26 @@ def recipe_init(
     name: Annotated[str, typer.Argument(help="The new domain's name: a-z, 0-9, _ and -.", show_default=False)],
     file: Annotated[Path, typer.Option("--from", help="Your questions and answers: .jsonl, .json or .csv.", show_default=False)],
     base: BaseOption = "tiny-llama",
+    prompt: Annotated[str, typer.Option(help="Field of the question; empty: by its name.")] = "",
+    completion: Annotated[str, typer.Option(help="Field of the answer; empty: by its name.")] = "",
+    document: Annotated[str, typer.Option(help="Field of the source document, which splits go by.")] = "",
     force: Annotated[bool, typer.Option(help="Replace a domain of that name.")] = False,
 ) -> None:
     """Write domains/NAME.yaml for your own data, after checking every row, and show what was found."""
     from transformers import AutoTokenizer
 
+    from tsugiki.adapt.samples import FieldMapping
     from tsugiki.bases import resolve
     from tsugiki.recipes.domains import init_domain, show_found
     from tsugiki.recipes.recipe import BASES
 
+    if bool(prompt) != bool(completion) or (document and not prompt):
+        raise UserError("--prompt and --completion are named together, and --document with them")
+    fields = FieldMapping(prompt, completion, document or None) if prompt else None
     tokenizer = AutoTokenizer.from_pretrained(resolve(base, load_bases(BASES)))
-    found = init_domain(name, file, tokenizer=tokenizer, force=force)
+    found = init_domain(name, file, fields=fields, tokenizer=tokenizer, force=force)
     show_found(found)
-    console.print(f"Next: [bold]tsugiki recipe run {name}[/]")
+    console.print(f"Next: [bold]tsugiki recipe run {name}[/]" + (f" --base {escape(base)}" if base != "tiny-llama" else ""))
 
 
 @recipe_app.command("show")
@@ -224,7 +234,7 @@ def quantize_convert(
 
     bases = load_bases(BASES)
     written = convert(resolve(base, bases), out, adapter, dtype=dtype, licence=bases[base].licence if base in bases else None)
-    console.print(f"{out}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
+    console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
 
 
 @quantize_app.command("types")
@@ -233,10 +243,10 @@ def quantize_types(file: Annotated[Path, typer.Argument(help="A GGUF file.", sho
     from tsugiki.quantize.levels import read_types
 
     found = read_types(file)
-    table = Table("type", "tensors", "parameters", "MB", title=f"{file.name}: {found.level}, {found.bpw:.3f} bits/weight", title_justify="left")
+    table = _table(f"{file.name}: {found.level}, {found.bpw:.3f} bits/weight", "type", "tensors", "parameters", "MB", numbers=True)
     for name, part in found.types.items():
         table.add_row(name, str(part["tensors"]), f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}")
-    Console(highlight=False).print(table)
+    _out().print(table)
 
 
 # --- the finished model ---------------------------------------------------------------------------------------
@@ -250,8 +260,8 @@ def chat(
     runs: RunsOption = Path("runs"),
     question: Annotated[str, typer.Option(help="Ask this one question and leave.")] = "",
     history: Annotated[bool, typer.Option(help="Keep the conversation; adapters trained on single questions do better without.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, tokens.")] = 256,
 ) -> None:
     """Talk to the finished model on this machine, through llama.cpp."""
     from tsugiki.evaluate.chat import answer
@@ -263,7 +273,7 @@ def chat(
         if question:
             _say(answer(engine, [*start, {"role": "user", "content": question}], max_new_tokens=max_new_tokens, temperature=temperature))
             return
-        console.print(f"[dim]{path.name}. An empty line or Ctrl-D ends. / 空行で終了します。[/]")
+        console.print(f"[dim]{escape(path.name)}. An empty line or Ctrl-D ends. / 空行で終了します。[/]")
         messages = list(start)
         while line := _ask():
             messages = [*(messages if history else start), {"role": "user", "content": line}]
@@ -307,25 +317,29 @@ def compare(
     questions = question or list(references)
     if not questions:
         raise UserError("there is no question", hint="Give one with --question, or run the evaluate stage first.")
-    levels = ["F16", *(row["level"] for row in read_json(folder / "levels" / "levels.json")["levels"])]
+    made = folder / "levels" / "levels.json"
+    levels = ["F16", *(row["level"] for row in (read_json(made)["levels"] if made.exists() else []))]
     answers: dict[str, list[str]] = {}
     for level in levels:
         with Engine(_model_file(folder, level)[0], n_seq_max=1, flash_attention=True) as engine:
             answers[level] = [
                 "".join(answer(engine, [*start, {"role": "user", "content": q}], max_new_tokens=256)) for q in questions
             ]
-    out = Console(highlight=False)
     for i, q in enumerate(questions):
-        table = Table("level", "answer", title=q, title_justify="left", title_style="bold", min_width=60)
+        table = _table(q, "level", "answer")
         if q in references:
-            table.add_row("reference", references[q], style="green", end_section=True)
+            table.add_row("reference", escape(references[q]), style="green")
         for level in levels:
-            table.add_row(level, answers[level][i])
-        out.print(table)
+            table.add_row(level, escape(answers[level][i]))
+        _out().print(table)
 
 
 def _run_folder(runs: Path, domain: str, base: str) -> Path:
-    folder = runs / Path(domain).stem / Path(base).name
+    from tsugiki.recipes.domains import check_name
+    from tsugiki.recipes.recipe import BASES, folder_name
+
+    name = base if base in load_bases(BASES) else folder_name(Path(base).expanduser().resolve())
+    folder = runs / check_name(Path(domain).stem if domain.endswith((".yaml", ".yml")) else domain) / name
     if not folder.is_dir():
         raise UserError(f"there is no run of {domain} on {base} in {runs}/", hint=f"Run it first: tsugiki recipe run {domain} --base {base}")
     return folder
@@ -344,37 +358,62 @@ def _model_file(folder: Path, level: str) -> tuple[Path, str | None]:
 # --- output ---------------------------------------------------------------------------------------------------
 
 
+def _out() -> Console:
+    """Standard output; 120 columns wide where it is no terminal."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(highlight=False, width=wide)
+
+
+def _table(title: str, *columns: str, numbers: bool = False) -> Table:
+    """A plain table whose first column is never cut; other text is folded, and numbers stay whole."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, no_wrap=numbers or i == 0, overflow="fold", justify="right" if numbers and i else "left")
+    table.caption = " "  # an empty line after it
+    return table
+
+
 def show_summary(folder: Path) -> None:
     """Print a finished run: where the time went, the learning curve, the levels, the recommendation."""
+    if not (folder / "summary.json").exists():
+        raise UserError("this run has no summary yet", where=str(folder),
+                        hint=f"Finish it: tsugiki recipe run {folder.parent.name} --base {folder.name}")
     summary = read_json(folder / "summary.json")
-    out = Console(highlight=False)
+    out = _out()
     times = {p.parent.name: read_json(p)["seconds"] for p in folder.glob("*/stage.json")}
     out.print("time: " + ", ".join(f"{name} {s:.0f} s" for name, s in sorted(times.items(), key=lambda t: -t[1])))
     if summary["sweep"]:
-        table = Table("samples", "test NLL", "95 % interval", "bits/char", "train tokens", "seconds", title="Sweep", title_justify="left")
+        table = _table("Sweep", "samples", "test NLL", "95 % interval", "bits/char", "train tokens", "seconds", numbers=True)
         best = summary["sweep"]["optimum"]["n"]
         for p in summary["sweep"]["points"]:
-            table.add_row(f"{p['n']:,}", f"{p['nll']:.4f}", f"{p['nll_ci'][0]:.4f} – {p['nll_ci'][1]:.4f}", f"{p['bpc']:.3f}",
+            table.add_row(f"{p['n']:,}", f"{p['nll']:.4f}", f"{p['nll_ci'][0]:.4f} – {p['nll_ci'][1]:.4f}" if p["nll_ci"] else "–", _number(p["bpc"], ".3f"),
                           f"{p['train_tokens']:,}", f"{p['seconds']:.0f}", style="bold" if p["n"] == best else None)
         out.print(table)
     if summary["levels"]:
-        table = Table("level", "MB", "bits/w", "NLL", "ΔNLL", "KL", "top-1", "score", "gen tok/s", "s/answer", "RSS MB", "verdict",
-                      title="Levels", title_justify="left")
+        # Two tables: twelve columns do not fit an ordinary terminal.
+        table = _table("What each level lost", "level", "bits/w", "NLL", "ΔNLL", "KL", "top-1", "score", "verdict", numbers=True)
+        cost = _table("What each level costs", "level", "MB", "prompt tok/s", "gen tok/s", "s/answer", "memory MB", numbers=True)
         for r in summary["levels"]:
-            table.add_row(r["level"], f"{r['bytes'] / 1e6:.1f}", f"{r['bpw']:.2f}", f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}",
-                          f"{r['kld_mean']:.5f}", f"{r['top1']:.1%}", f"{r['score']:.3f}", f"{r['gen_tok_s']:.0f}",
-                          f"{r['seconds_per_answer']:.3f}", f"{r['peak_rss'] / 1e6:.0f}", r["verdict"])
+            table.add_row(r["level"], _number(r["bpw"], ".2f"), _number(r["nll"], ".4f"), _number(r["delta_nll"], "+.4f"),
+                          _number(r["kld_mean"], ".5f"), _number(r["top1"], ".1%"), _number(r["score"], ".3f"), r["verdict"])
+            cost.add_row(r["level"], f"{r['bytes'] / 1e6:,.1f}", _number(r["prompt_tok_s"], ",.0f"), _number(r["gen_tok_s"], ",.0f"),
+                         _number(r["seconds_per_answer"], ".3f"), _number(r["peak_rss"] and r["peak_rss"] / 1e6, ",.0f"))
         out.print(table)
+        out.print(cost)
     before_after = [b for b in summary["benchmarks"] if b["model"] in ("base", "adapted")]
     if before_after:
-        table = Table("task", "base", "adapted", "n", title="Before and after", title_justify="left")
+        table = _table("Before and after", "task", "base", "adapted", "n", numbers=True)
         for task in dict.fromkeys(b["task"] for b in before_after):
             by = {b["model"]: b for b in before_after if b["task"] == task}
-            table.add_row(task, *(f"{by[m]['value']:.3f}" if m in by else "" for m in ("base", "adapted")), str(by["adapted"]["n"]))
+            table.add_row(task, *(f"{by[m]['value']:.3f}" if m in by else "" for m in ("base", "adapted")), str(next(iter(by.values()))["n"]))
         out.print(table)
     if summary["recommended"]:
-        out.print(f"Take [bold]{summary['recommended']['level']}[/]: {summary['recommended']['why']}")
-    out.print(f"Report: {folder / summary['report']}")
+        out.print(f"Take [bold]{summary['recommended']['level']}[/]: {escape(summary['recommended']['why'])}")
+    out.print(f"Report: {escape(str(folder / summary['report']))}", soft_wrap=True)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 @app.callback(invoke_without_command=True)
@@ -387,23 +426,34 @@ def options(
         print(tsugiki.__version__)
         raise typer.Exit
     context.obj = {"debug": debug}
+    if not debug:
+        _quiet()
+
+
+def _quiet() -> None:
+    """Keep the libraries' notes to their developers, and the bars over a second's work, off the terminal; errors stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(transformers|peft|trl|torch|accelerate|optuna)")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main() -> None:
     """Run a command; exit 2 for the user's mistake, 1 for ours, 130 when interrupted."""
     try:
         app()
+    except SystemExit as end:
+        if end.code == 130:
+            console.print("interrupted; run the same command again to go on")
+        raise
     except UserError as error:
         if "--debug" in sys.argv:
-            raise
-        console.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+            traceback.print_exc()
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on")
-        sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
-            raise
-        console.print(f"[bold red]internal error:[/] {type(error).__name__}: {error}", soft_wrap=True)
+            traceback.print_exc()
+        console.print(f"[bold red]internal error:[/] {escape(f'{type(error).__name__}: {error}')}")
         console.print("Run again with --debug in front of the command for the traceback, and report it.")
         sys.exit(1)
