@@ -40,7 +40,8 @@ class FitSettings:
                 ("learning_rate", 0 < self.learning_rate < 1, "between 0 and 1"),
                 ("epochs", self.epochs >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("micro_batch", 1 <= self.micro_batch <= self.batch_size, f"from 1 to batch_size ({self.batch_size})"),
+                ("micro_batch", 1 <= self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
+                 f"a divisor of batch_size ({self.batch_size})"),
                 ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
             )
             if not ok
@@ -216,7 +217,9 @@ def fit(
 
     trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
-    trainer.train()
+    mean = trainer.train().training_loss
+    if not math.isfinite(mean):  # between two logged steps, or in a fit of fewer steps than that
+        raise UserError(f"the mean training loss is {mean}", hint="Lower learning_rate, or look for broken weights in the base.")
     report = FitReport(
         train_tokens=settings.epochs * sum(len(s.ids) for s in samples),
         steps=trainer.state.global_step,
