@@ -200,7 +200,7 @@ def _weaker(*kinds: str) -> str:
 
 
 def _billions(value: float) -> str:
-    return f"{value / 1e9:,.10g} B" if value >= 1e7 else f"{value:,.10g}"
+    return f"{value / 1e9:,.10g} B" if value >= 1e9 else f"{value:,.10g}"
 
 
 def _chain(model: ModelFacts, models: Mapping[str, ModelFacts]) -> list[ModelFacts]:

@@ -293,13 +293,14 @@ def parse_public_scores(text: str) -> Scores:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"not the public score file: {error}", where="data.js") from None
     wanted = [m for m in load_models().values() if m.table_set == "saito_table1"]
-    problems = [f"{m.hf_id}: no row of type 'base'" for m in wanted if m.hf_id not in base]
-    problems += [
-        f"{m.hf_id}: no score {key!r}"
-        for m in wanted
-        for key in TASKS.values()
-        if m.hf_id in base and not isinstance(base[m.hf_id].get(key), (int, float))
-    ]
+    problems = []
+    for m in wanted:
+        row = base.get(m.hf_id)
+        if row is None:
+            problems.append(f"{m.hf_id}: no row of type 'base'")
+        else:
+            keys = [k for k in TASKS.values() if not isinstance(row.get(k), (int, float))]
+            problems += [f"{m.hf_id}: no score {k!r}" for k in keys]
     raise_problems(problems, what="The public score file")
     values = [[float(base[m.hf_id][key]) for key in TASKS.values()] for m in wanted]
     return Scores([m.name for m in wanted], list(TASKS), np.array(values))
