@@ -48,8 +48,9 @@ class RecipeSettings:
     check: CheckSettings = field(default_factory=CheckSettings)
 
     def __post_init__(self) -> None:
-        if self.check_items < 1:
-            raise UserError(f"check_items must be at least 1, not {self.check_items}")
+        for name in ("check_items", "evaluate_items"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.levels != LEVELS:
             from tsugiki.quantize.levels import file_type
 
