@@ -63,8 +63,8 @@ TINY_BASES = {
     b.name: b
     for b in (
         TinyBase("tiny-llama", "llama", "llama3-bpe", 6144, 4, 2, False, 0.80),
-        TinyBase("tiny-qwen", "qwen2", "qwen2-bpe", 6144, 6, 2, True, 0.65),
-        TinyBase("tiny-llmjp", "llama", "unigram", 5120, 4, 8, False, 0.90),
+        TinyBase("tiny-qwen", "qwen2", "qwen2-bpe", 6144, 6, 2, True, 0.65, tokens=10_400_000),
+        TinyBase("tiny-llmjp", "llama", "unigram", 5120, 4, 8, False, 0.90, tokens=10_400_000),
     )
 }
 
