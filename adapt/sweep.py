@@ -86,10 +86,12 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     left_out = sorted(set(settings.counts) - set(counts))
     if left_out:
         console.print(f"  [yellow]counts {left_out} left out: there are {len(train)} training samples[/]")
-    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), fingerprint(base_dir)])
+    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), fingerprint(base_dir), _code_digest()])
     # The longest fit first, so that the workers end together.
     wanted = [(n, seed) for n in sorted(counts, reverse=True) for seed in settings.seeds]
     base_folder = out / "points" / "base"
+    for leftover in [out / "progress", *(out / "points").glob(".*")]:  # of a killed sweep
+        shutil.rmtree(leftover, ignore_errors=True)
     study = _study(out)
     missing = [p for p in wanted if not _is_done(_folder(out, *p), key)]
     base_missing = not _is_done(base_folder, key)
@@ -97,6 +99,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
 
     base = read_json(base_folder / "point.json")
     points = [Point(**read_json(_folder(out, n, s) / "point.json")["point"]) for n in counts for s in settings.seeds]
+    _record_untold(study, points, key)
     nats = {
         n: np.mean([_nats(_folder(out, n, s)) for s in settings.seeds], axis=0) for n in counts
     }
@@ -149,6 +152,11 @@ def _file_digest(data: Path) -> str:
     return digest([sha256_file(data / "train.jsonl"), sha256_file(data / "test.jsonl")])
 
 
+def _code_digest() -> list[str]:
+    """The code that a point's numbers come from."""
+    return [sha256_file(Path(__file__).with_name(name)) for name in ("fit.py", "nll.py")]
+
+
 def _workers(settings: SweepSettings) -> int:
     if settings.workers:
         return settings.workers
@@ -161,33 +169,35 @@ def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
         return
     workers = min(_workers(settings), len(jobs))
     threads = max(1, cpu_count() // workers)
-    trials = {job: _ask(study, *job) for job in jobs if job}
+    trials = {job: _ask(study, *job, key) for job in jobs if job}
     context = multiprocessing.get_context("spawn")
     (out / "progress").mkdir(parents=True, exist_ok=True)
+    others = set(multiprocessing.active_children())
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool, progress() as bar:
-            futures, bars = {}, {}
-            for job in jobs:
-                label = "base" if job is None else f"{job[0]:,} samples" + (f", seed {job[1]}" if len(settings.seeds) > 1 else "")
-                bars[job] = bar.add_task(label, total=None, note="waiting", start=False)
-                futures[pool.submit(_train_point, base_dir, data, out, settings, key, job, threads, os.getpid())] = job
-            pending = set(futures)
-            while pending:
-                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for job in bars:
-                    _show(bar, bars[job], _progress_file(out, job))
-                for future in finished:
-                    job = futures[future]
-                    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool, progress() as bar:
+            try:
+                futures, bars = {}, {}
+                for job in jobs:
+                    label = "base" if job is None else f"{job[0]:,} samples" + (f", seed {job[1]}" if len(settings.seeds) > 1 else "")
+                    bars[job] = bar.add_task(label, total=None, note="waiting", start=False)
+                    futures[pool.submit(_train_point, base_dir, data, out, settings, key, job, threads)] = job
+                pending = set(futures)
+                while pending:
+                    finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for job in bars:
+                        _show(bar, bars[job], _progress_file(out, job))
+                    for future in finished:
+                        job = futures[future]
                         nll = future.result()
-                    except BaseException:
-                        for other in pending:
-                            other.cancel()
-                        raise
-                    if job:
-                        study.tell(trials.pop(job), nll)
-                    bar.update(bars[job], total=1, completed=1, note=f"test NLL {nll:.4f}")
-                    console.print(f"  {bar.tasks[bars[job]].description}: test NLL {nll:.4f} nats/token")
+                        if job:
+                            study.tell(trials.pop(job), nll)
+                        bar.update(bars[job], total=1, completed=1, note=f"test NLL {nll:.4f}")
+                        console.print(f"  {bar.tasks[bars[job]].description}: test NLL {nll:.4f} nats/token")
+            except BaseException:
+                # A failed point or Ctrl-C: the pool would first finish the points under way, and one more.
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+                raise
     finally:
         from optuna.trial import TrialState
 
@@ -211,7 +221,7 @@ def _show(bar, task, path: Path) -> None:
     bar.update(task, total=state["steps"], completed=state["step"], note=state.get("note") or f"loss {state['loss']:.3f}")
 
 
-def _train_point(base_dir, data, out, settings, key, job, threads, parent) -> float:
+def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
     """Train and score one point (or score the base, where ``job`` is none) in a process of its own."""
     import logging
     import warnings
@@ -220,7 +230,6 @@ def _train_point(base_dir, data, out, settings, key, job, threads, parent) -> fl
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    _die_with(parent)
     warnings.filterwarnings("ignore")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
@@ -324,6 +333,19 @@ def _study(out: Path):
     return study
 
 
-def _ask(study, n: int, seed: int):
-    study.enqueue_trial({"n": n, "seed": seed})
+def _ask(study, n: int, seed: int, key: str):
+    study.enqueue_trial({"n": n, "seed": seed}, user_attrs={"key": key})
     return study.ask(_distributions())
+
+
+def _record_untold(study, points: Sequence[Point], key: str) -> None:
+    """Complete trials of the points that were finished when a kill came before the study heard of it."""
+    from optuna.trial import TrialState, create_trial
+
+    told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    known = {(t.params["n"], t.params["seed"]) for t in told if t.user_attrs.get("key") == key}
+    for p in points:
+        if (p.n, p.seed) not in known:
+            study.add_trial(
+                create_trial(params={"n": p.n, "seed": p.seed}, distributions=_distributions(), value=p.nll, user_attrs={"key": key})
+            )
