@@ -247,7 +247,7 @@ def test_init_writes_a_domain_that_then_runs(tsugiki_, tmp_path):
 
 
 def test_init_names_the_fields_it_needs_and_takes_them(tsugiki_, tmp_path):
-    values = [r | {"章": f"章{i % 40}"} for i, r in enumerate(rows(q="本文", a="正解"))]
+    values = [r | {"章": f"第{i % 40}章"} for i, r in enumerate(rows(q="本文", a="正解"))]
     (tmp_path / "qa.jsonl").write_text(lines(values), encoding="utf-8")
     code, _, err = tsugiki_("recipe", "init", "mine", "--from", "qa.jsonl")
     assert code == 2 and "--prompt FIELD --completion FIELD" in err
