@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsugiki.artifacts import (
@@ -102,6 +102,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
 
 
 @given(value=JSON)
+@settings(deadline=None)
 def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
     write_json(path, value)
@@ -151,6 +152,7 @@ def test_a_tree_changes_with_a_name_a_byte_or_a_file(tmp_path):
 
 
 @given(value=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.integers(), min_size=2))
+@settings(deadline=None)
 def test_a_digest_does_not_know_the_order_of_keys(value):
     assert digest(value) == digest(dict(reversed(value.items())))
     assert digest(value) != digest(list(value.items()))

@@ -126,6 +126,7 @@ def test_a_long_neighbour_and_its_padding_do_not_matter(llama):
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=30), budget=st.integers(1, 200))
+@settings(deadline=None)
 def test_batches_hold_every_sample_once_within_the_budget(lengths, budget):
     batches = batches_by_length(lengths, budget)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
