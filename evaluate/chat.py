@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
+import llama_cpp
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,8 +30,9 @@ def render(engine: Engine, messages: list[dict[str, str]]) -> str:
     # name false in a condition (`if message.tool_calls`).
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    # The token's own text: as a piece of an answer a special token is empty, and a prompt without BOS is another prompt.
     special = {
-        f"{name}_token": engine.piece(token).decode("utf-8", "replace") if token >= 0 else ""
+        f"{name}_token": llama_cpp.llama_vocab_get_text(engine._vocab, token).decode("utf-8") if token >= 0 else ""
         for name, token in (("bos", engine.bos), ("eos", engine.eos))
     }
     try:
