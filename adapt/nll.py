@@ -123,7 +123,14 @@ def pad_batch(samples: Sequence[EncodedSample], pad_id: int):
 def _check_samples(model, samples: Sequence[EncodedSample]) -> None:
     if not samples:
         raise UserError("there is no sample to score")
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"{type(model).__name__} changes its logits ({name} = {getattr(config, name)}), which this NLL does not do",
+                hint="Take a base of the families Llama, Mistral or Qwen.",
+            )
+    context = getattr(config, "max_position_embeddings", None)
     for s in samples:
         if not s.completion_ids or not s.prompt_ids:
             raise UserError(f"sample {s.id} has an empty {'prompt' if s.completion_ids else 'completion'}")

@@ -157,7 +157,7 @@ def _change(settings: RecipeSettings, key: str, value: Any, *, where: str) -> Re
         sweep = settings.sweep
         if name in {f.name for f in dataclasses.fields(FitSettings)}:
             if name == "batch_size":
-                value = {"batch_size": value, "micro_batch": min(value, sweep.fit.micro_batch)}
+                value = {"batch_size": value, "micro_batch": math.gcd(value, sweep.fit.micro_batch)}
             sweep = dataclasses.replace(sweep, fit=dataclasses.replace(sweep.fit, **(value if isinstance(value, dict) else {name: value})))
         else:
             sweep = dataclasses.replace(sweep, **{name: value})
@@ -222,7 +222,7 @@ def data_stage(run: Run) -> bool:
         "domain": domain_digest(domain, run.data_dir),
         "system": domain.system,
         "max_tokens": domain.max_tokens,
-        "base": fingerprint(run.base_dir),
+        "base": [fingerprint(run.base_dir), run.base.family],
         "told": [domain.title, domain.licence, domain.credit, domain.scoring],
         "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
     }
@@ -247,6 +247,12 @@ def data_stage(run: Run) -> bool:
         if not encoded["train"] or not encoded["test"]:
             raise UserError(f"the domain {domain.name} has {len(encoded['train'])} training and {len(encoded['test'])} test samples",
                             hint="Both are needed.")
+        documents = {s.document for s in encoded["test"]}
+        if len(documents) < 2:
+            raise UserError(
+                f"the {len(encoded['test'])} test samples are of one document, so that no interval can be given",
+                where=str(domain.path), hint="Name a finer document field, or none: then every sample is its own document.",
+            )
         kinds: dict[str, int] = {}
         for s in encoded["test"]:
             kinds[s.kind or "all"] = kinds.get(s.kind or "all", 0) + 1

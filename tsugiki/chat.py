@@ -127,6 +127,13 @@ def encode(tokenizer, samples: Iterable[Sample], system: str | None = None) -> l
     heads = [prompt_text(tokenizer, s.prompt, system) for s in samples]
     prompts, wholes = ids(heads), ids([h + s.completion for h, s in zip(heads, samples, strict=True)])
     alone = ids([s.completion for s in samples])
+    special = set(tokenizer.all_special_ids)
+    marked = [s for s, answer in zip(samples, alone, strict=True) if special.intersection(answer)]
+    if marked:
+        raise UserError(
+            f"{len(marked)} answer(s) hold a special token of the base's tokenizer, first {marked[0].completion[:60]!r}",
+            where=f"sample {marked[0].id}", hint="Take the token's text out of the data: it would end the answer there.",
+        )
     encoded = []
     for s, prompt_ids, whole, answer in zip(samples, prompts, wholes, alone, strict=True):
         completion_ids = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else answer
