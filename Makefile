@@ -23,8 +23,9 @@ setup: $(STAMP)  ## create .venv and install everything (CUDA=1: llama.cpp for a
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	CMAKE_ARGS="$(LLAMA)" $(BIN)/pip install --quiet -c constraints.txt -e ".[test$(if $(CUDA),$(comma)gpu)]"
+	@echo "installing into .venv; llama.cpp is compiled for this machine, which takes a few minutes"
+	@$(BIN)/pip install -qq --upgrade pip
+	@CMAKE_ARGS="$(LLAMA)" $(BIN)/pip install -qq -c constraints.txt -e ".[test$(if $(CUDA),$(comma)gpu)]"
 	@touch $@
 
 comma := ,
