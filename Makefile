@@ -13,7 +13,7 @@ ARGS = $(DOMAIN) --base $(BASE) --runs $(RUNS)
 LLAMA := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF $(if $(CUDA),-DGGML_CUDA=on)
 STAMP := .venv/.installed$(if $(CUDA),-cuda)
 
-.PHONY: help setup recipe chat compare test lint bench tiny-bases clean
+.PHONY: help setup recipe chat compare scale test lint bench tiny-bases clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ chat: setup  ## talk to the finished model
 
 compare: setup  ## the same questions to every quantization level
 	@$(BIN)/tsugiki compare $(ARGS)
+
+scale: setup  ## score against compute: published models and yours, laws and figures (SCORES=FILE)
+	@$(BIN)/tsugiki evaluate scaling --runs $(RUNS) $(if $(SCORES),--scores "$(SCORES)")
 
 test: setup  ## run the tests
 	@$(BIN)/pytest

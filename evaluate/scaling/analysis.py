@@ -1,0 +1,572 @@
+"""The whole analysis, from a score matrix to ``scaling.json``, figures and a page, in the order of the reading.
+
+Without a score matrix of one's own it is paper B's 35 × 19 where that file is found, else paper A's printed table of
+nine models × seven scores; what was analysed stands in the output. Paper B is Saito et al., "Why We Build Local Large
+Language Models"; paper A is Takase & Honda, "英語中心の大規模言語モデル開発からの脱却に向けて".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsugiki.artifacts import write_json
+from tsugiki.bases import Base
+from tsugiki.errors import UserError
+from tsugiki.evaluate.scaling.budgets import PRINTED, Convention, budget, takase
+from tsugiki.evaluate.scaling.efficiency import budgets_at_share, continued_efficiency, find_pairs
+from tsugiki.evaluate.scaling.equivalence import budget_factor, equivalent_difference
+from tsugiki.evaluate.scaling.factors import (
+    component_warnings,
+    correlations,
+    factor_analysis,
+    kept_components,
+    leave_one_out,
+    parallel_analysis,
+    principal_components,
+    printed_loadings,
+    subset,
+)
+from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_law, predict
+from tsugiki.evaluate.scaling.missing import fill, fit_missing_law, fit_ppca
+from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_points
+from tsugiki.evaluate.scaling.tables import (
+    DATA,
+    LANGUAGES,
+    TASKS,
+    ModelFacts,
+    Scores,
+    find_model,
+    load_models,
+    load_scores,
+    read_table,
+)
+
+SCORES_FILE = Path("scores") / "scores_35.csv"
+FACTORS = 10  # what reproduces paper B's Figure 10; it does not state the number
+MANY_DRAWS, FEW_DRAWS = 10_000, 2_000
+CHANGES = tuple(float(d) for d in range(-10, 11) if d)  # points, for the curve of equivalent compute
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A score matrix, and by which convention its models' budgets are counted.
+
+    Attributes:
+        scores, models, rule: the matrix, the table of models, the convention of budgets.
+        kind: ``saito`` (35 × 19), ``takase`` (nine models as printed) or ``yours``.
+        source: a sentence for the output.
+    """
+
+    scores: Scores
+    models: Mapping[str, ModelFacts]
+    rule: Convention
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A law worth a figure: the mean of ``tasks`` (points), or a component (SD), against a budget.
+
+    Attributes:
+        name: of the score. axis: ``total``, ``en`` or ``ja``.
+        tasks: of the mean; empty for a component. component: its position from 0.
+        key: short and stable, for files and programs.
+    """
+
+    key: str
+    name: str
+    axis: str
+    tasks: tuple[str, ...] = ()
+    component: int | None = None
+
+
+QUESTIONS: dict[str, tuple[Question, ...]] = {
+    "saito": (
+        Question("niilc_ja", "NIILC", "ja", ("niilc",)),
+        Question("culture_ja", "mean(NIILC, JEMHopQA)", "ja", ("niilc", "jemhopqa")),
+        Question("neutral_total", "mean(MGSM, JMMLU)", "total", ("mgsm_ja", "jmmlu")),
+        Question("mgsm_total", "MGSM", "total", ("mgsm_ja",)),
+        Question("jmmlu_total", "JMMLU", "total", ("jmmlu",)),
+        Question("niilc_total", "NIILC", "total", ("niilc",)),
+        Question("neutral_ja", "mean(MGSM, JMMLU)", "ja", ("mgsm_ja", "jmmlu")),
+        Question("pc1_en", "PC1", "en", component=0),
+        Question("pc1_total", "PC1", "total", component=0),
+        Question("pc1_ja", "PC1", "ja", component=0),
+        Question("pc2_ja", "PC2", "ja", component=1),
+        Question("pc2_en", "PC2", "en", component=1),
+        Question("pc2_total", "PC2", "total", component=1),
+    ),
+    "takase": (
+        Question("culture_ja", "mean(NIILC, JMMLU part, JAQKET)", "ja", ("niilcqa", "jmmlu_part", "jaqket")),
+        Question("neutral_total", "mean(MGSM-Ja, MMLU-ProX-Ja)", "total", ("mgsm_ja", "mmlu_prox_ja")),
+        Question("culture_total", "mean(NIILC, JMMLU part, JAQKET)", "total", ("niilcqa", "jmmlu_part", "jaqket")),
+        Question("neutral_ja", "mean(MGSM-Ja, MMLU-ProX-Ja)", "ja", ("mgsm_ja", "mmlu_prox_ja")),
+    ),
+}
+
+
+def run_scaling(
+    scores: Path | str | None = None,
+    out: Path | str = Path("runs") / "scaling",
+    *,
+    runs: Path | str = Path("runs"),
+    models: Path | str | None = None,
+    bases: Mapping[str, Base] | None = None,
+    language: str = "ja",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Analyse a score matrix and the user's own runs; write ``scaling.json``, ``figures/``, ``tables/``, ``scaling.html``.
+
+    Args:
+        scores: score matrix as CSV (0–1, blanks missing); None for the published one (:func:`published`).
+        out: folder to write.
+        runs: folder of recipe runs, whose models become points.
+        models: table of further models (CSV), added to the shipped one.
+        bases: the named bases of the recipe.
+        language: of the figures, ``ja`` or ``en``.
+        say: told what is being done.
+
+    Returns:
+        the content of ``scaling.json``.
+
+    Raises:
+        UserError: a file that cannot be read as what it should be; every problem in it is named.
+    """
+    from tsugiki.evaluate.scaling.figures import draw_all, write_tables
+    from tsugiki.evaluate.scaling.page import write_page
+
+    if language not in ("ja", "en"):
+        raise UserError(f"no language {language!r}", hint="Choose ja or en.")
+    out = Path(out)
+    table = load_models()
+    if models:
+        table |= load_models(models)
+    reference = own(scores, table) if scores else published(table)
+    say(reference.source)
+    points, known, notes = read_points(runs, reference.models, bases)
+    result = analyse(reference, points, known, say=say)
+    result["notes"] = [*result["notes"], *notes]
+    write_json(out / "scaling.json", result)
+    say("figures, tables, page")
+    result["warnings"] = draw_all(result, out / "figures", language=language)
+    result["files"] = write_tables(result, out / "tables")
+    write_page(result, out / "scaling.html")
+    write_json(out / "scaling.json", result)
+    return result
+
+
+def published(models: Mapping[str, ModelFacts]) -> Reference:
+    """Paper B's matrix at ``$TSUGIKI_DATA/scores/scores_35.csv`` (else ``../shared/data/…``), else paper A's table."""
+    folders = [Path(os.environ["TSUGIKI_DATA"])] if os.environ.get("TSUGIKI_DATA") else []
+    for folder in (*folders, Path("..") / "shared" / "data"):
+        path = folder / SCORES_FILE
+        if path.exists():
+            found = load_scores(path)
+            source = (
+                f"{len(found.models)} base models × {len(found.tasks)} tasks, the matrix of Saito et al. ({SCORES_FILE.name}), "
+                "budgets as printed in their Table 1."
+            )
+            return Reference(found, models, PRINTED, "saito", source)
+    return printed_reference(models)
+
+
+def printed_reference(models: Mapping[str, ModelFacts]) -> Reference:
+    """Paper A's Table 2 with its conventions of budgets."""
+    _, rows = read_table(DATA / "takase_table2_scores.csv")
+    tasks = [c for c in rows[0][1] if c not in ("model", "group")]
+    values = np.array([[float(row[t]) / 100 for t in tasks] for _, row in rows])
+    source = (
+        "Only the nine models × seven scores that Takase & Honda print (Table 2): the 35 × 19 matrix was not found. "
+        "Give it with --scores FILE; with nine models every statement here is weak."
+    )
+    return Reference(Scores([row["model"] for _, row in rows], tasks, values), models, takase(), "takase", source)
+
+
+def own(path: Path | str, models: Mapping[str, ModelFacts]) -> Reference:
+    """A score matrix of the user's; with paper B's tasks it is read as paper B's is."""
+    found = load_scores(path)
+    kind = "saito" if set(found.tasks) >= set(TASKS) else "yours"
+    source = f"{len(found.models)} models × {len(found.tasks)} tasks of {Path(path).name}, budgets as printed."
+    return Reference(found, models, PRINTED, kind, source)
+
+
+def analyse(
+    reference: Reference,
+    points: Sequence[Point] = (),
+    known: Mapping[str, ModelFacts] | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Every number of the analysis, as JSON. ``known`` is the table of models with the points' facts in it."""
+    scores, table, rule = reference.scores, known or reference.models, reference.rule
+    notes: list[str] = []
+    strangers = [name for name in scores.models if find_model(name, table) is None]
+    if strangers:
+        notes.append(
+            f"{len(strangers)} models are not in the table of models, so they have no budget and stand in no law: "
+            f"{', '.join(strangers)}. Add them with --models."
+        )
+    facts = {name: find_model(name, table) for name in scores.models}
+    families = [facts[name].family if facts[name] else name for name in scores.models]
+    x = {axis: _log_budgets(scores.models, table, axis, rule) for axis in AXES}
+
+    say("correlations and components")
+    complete, filled_note = _complete(scores)
+    if filled_note:
+        notes.append(filled_note)
+    components = _components(complete, reference, notes)
+    found = {
+        "source": reference.source,
+        "kind": reference.kind,
+        "convention": rule.name,
+        "tasks": list(scores.tasks),
+        "correlations": _correlations(scores),
+        "components": components,
+        "factors": _factors(complete, components, notes),
+    }
+
+    say("laws of score and budget")
+    laws, questions = {}, _questions(reference, components)
+    for question in questions:
+        laws[question.key] = _law(question, scores, components, x[question.axis], families, MANY_DRAWS)
+    found["laws"] = [_law_row(q, laws[q.key], facts) for q in questions]
+    found["all_laws"] = [
+        _law_brief(fit_law(100 * scores.column(task), x[axis], families, name=task, axis=axis, models=scores.models, draws=FEW_DRAWS))
+        for task in scores.tasks
+        for axis in AXES
+    ]
+    found["missing"] = _missing_law(scores, questions, x, families)
+
+    say("is continued pre-training more efficient?")
+    found["efficiency"] = _efficiency(scores, questions, components, facts, families, table, x)
+    say("equivalent compute")
+    found["equivalence"] = _equivalence(reference, questions, laws, table)
+    found["own_equivalence"] = own_equivalence(points, questions, laws)
+    found["languages"] = _languages()
+
+    found["models"] = [_model_row(name, i, scores, facts[name], table, rule, complete, components) for i, name in enumerate(scores.models)]
+    found["yours"] = [_point_row(p, table, rule, questions, laws) for p in points]
+    found["notes"] = notes
+    return _json(found)
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def _log_budgets(names: Sequence[str], table: Mapping[str, ModelFacts], axis: str, rule: Convention) -> np.ndarray:
+    return np.array([budget(name, table, axis, rule).log10 if find_model(name, table) else math.nan for name in names])
+
+
+def _complete(scores: Scores) -> tuple[Scores, str]:
+    """The matrix with its holes filled by expected values, for components only, and what that does."""
+    holes = np.isnan(scores.values)
+    if not holes.any():
+        return scores, ""
+    rank = max(1, min(2, min(scores.values.shape) - 2))
+    model = fit_ppca(scores.values, rank, rows=scores.models, columns=scores.tasks)
+    return Scores(scores.models, scores.tasks, np.clip(fill(scores.values, model), 0, 1)), (
+        f"{int(holes.sum())} of {holes.size} scores are missing ({holes.mean():.0%}). For components and factors they were filled by a "
+        f"model of {rank} components; laws of single tasks leave them out. Filling makes correlations weaker than they are."
+    )
+
+
+def _correlations(scores: Scores) -> dict[str, Any]:
+    pearson, spearman = correlations(scores), correlations(scores, "spearman")
+    return {"tasks": scores.tasks, "pearson": pearson.values, "spearman": spearman.values, "counts": pearson.counts}
+
+
+def _components(scores: Scores, reference: Reference, notes: list[str]) -> dict[str, Any] | None:
+    count = min(4, len(scores.tasks), len(scores.models) - 1)
+    try:
+        fit = principal_components(scores, count)
+        stability = leave_one_out(scores, count)
+    except UserError as error:
+        notes.append(f"No components: {error}")
+        return None
+    noise = parallel_analysis(len(scores.models), len(scores.tasks))
+    kept = kept_components(fit.eigenvalues, noise)
+    answer = {
+        "tasks": fit.tasks, "loadings": fit.loadings, "variance": fit.variance, "scores": fit.scores,
+        "eigenvalues": fit.eigenvalues, "noise": noise[: len(fit.eigenvalues)], "kept": kept,
+        "lowest_congruence": stability.lowest, "worst": stability.worst, "warnings": component_warnings(fit, stability, kept),
+        "scratch": None,
+    }  # fmt: skip
+    try:
+        scratch = principal_components(subset(scores, reference.models), count)
+        answer["scratch"] = {"n": len(scratch.models), "loadings": scratch.loadings, "variance": scratch.variance}
+        if reference.kind == "saito":
+            tasks, printed, _ = printed_loadings()
+            same = [fit.tasks.index(t) for t in tasks]
+            cells = np.round(scratch.loadings[:, same], 2) == printed[:count]
+            answer["scratch"]["printed_cells"] = [int(cells.sum()), cells.size]
+    except UserError as error:
+        notes.append(f"No components of the models from scratch alone: {error}")
+    return answer
+
+
+def _factors(scores: Scores, components: dict | None, notes: list[str]) -> dict[str, Any] | None:
+    """Maximum likelihood and promax: with as many factors as paper B (if there are as many tasks), else as are kept."""
+    count = FACTORS if len(scores.tasks) == len(TASKS) else max(1, components["kept"] if components else 1)
+    try:
+        fit = factor_analysis(scores, count)
+    except UserError as error:
+        notes.append(f"No factors: {error}")
+        return None
+    return {
+        "count": count, "tasks": fit.tasks, "pattern": fit.pattern, "contribution": fit.contribution,
+        "uniquenesses": fit.uniquenesses, "heywood": fit.heywood, "starts": fit.starts, "reached": fit.reached,
+        "warnings": fit.warnings,
+    }  # fmt: skip
+
+
+def _questions(reference: Reference, components: dict | None) -> tuple[Question, ...]:
+    kind, tasks = reference.kind, reference.scores.tasks
+    if kind == "yours":
+        single = [Question(f"{t}_{axis}", t, axis, (t,)) for t in tasks[:6] for axis in ("ja", "total")]
+        named = [q for q in QUESTIONS["saito"] if q.tasks and set(q.tasks) <= set(tasks)]
+        questions = (*(named or single), *(q for q in QUESTIONS["saito"] if q.component is not None))
+    else:
+        questions = QUESTIONS[kind]
+    have = len(components["variance"]) if components else 0
+    return tuple(q for q in questions if q.component is None or q.component < have)
+
+
+def _values(question: Question, scores: Scores, components: dict | None) -> np.ndarray:
+    """The question's scores: a mean of tasks in points, or a component's scores; float ``(M,)``, NaN unknown."""
+    if question.component is not None:
+        return np.asarray(components["scores"])[:, question.component]
+    return 100 * np.mean([scores.column(t) for t in question.tasks], axis=0)
+
+
+def _unit(question: Question) -> str:
+    return "points" if question.component is None else "SD"
+
+
+def _law(question: Question, scores: Scores, components: dict | None, x: np.ndarray, families: list[str], draws: int) -> Law | Refused:
+    return fit_law(
+        _values(question, scores, components), x, families,
+        name=question.name, axis=question.axis, unit=_unit(question), models=scores.models, draws=draws,
+    )  # fmt: skip
+
+
+def _law_brief(law: Law | Refused) -> dict[str, Any]:
+    if isinstance(law, Refused):
+        return {"name": law.name, "n": law.n, "refused": law.reason}
+    keep = ("name", "axis", "unit", "n", "n_families", "slope", "intercept", "slope_se", "pearson", "spearman", "kendall",
+            "residual_sd", "rmse", "family_rmse", "without", "notes")  # fmt: skip
+    return {key: getattr(law, key) for key in keep}
+
+
+def _law_row(question: Question, law: Law | Refused, facts: Mapping[str, ModelFacts | None]) -> dict[str, Any]:
+    row = {"key": question.key, "axis": question.axis, "unit": _unit(question), **_law_brief(law)}
+    if isinstance(law, Refused):
+        return row
+    ends = law.x.min(), law.x.max()
+    reach = 0.04 * (ends[1] - ends[0])
+    band = []
+    for at in np.linspace(ends[0] - reach, ends[1] + reach, 41):
+        expected = predict(law, float(at))
+        band.append([float(at), expected.low, expected.value, expected.high])
+    row["band"] = band
+    row["points"] = [
+        {"model": m, "x": float(a), "y": float(b), "residual": float(b - law.intercept.value - law.slope.value * a)}
+        for m, a, b in zip(law.models, law.x, law.y, strict=True)
+    ]
+    return row
+
+
+def _missing_law(scores: Scores, questions: Sequence[Question], x: Mapping[str, np.ndarray], families: list[str]) -> list[dict[str, Any]]:
+    """With missing cells, the laws of means again on many fillings; empty without missing cells."""
+    if not np.isnan(scores.values).any():
+        return []
+    rows = []
+    rank = max(1, min(2, min(scores.values.shape) - 2))
+    for question in [q for q in questions if q.tasks][:2]:
+        at = [scores.tasks.index(t) for t in question.tasks]
+        try:
+            law = fit_missing_law(
+                scores.values, lambda full, at=at: 100 * full[:, at].mean(axis=1), x[question.axis], families, name=question.name, rank=rank
+            )
+        except UserError as error:
+            law = Refused(question.name, str(error), len(scores.models))
+        rows.append({"key": question.key, "axis": question.axis, **dataclasses.asdict(law)})
+    return rows
+
+
+def _efficiency(
+    scores: Scores, questions: Sequence[Question], components: dict | None, facts: Mapping[str, ModelFacts | None],
+    families: list[str], table: Mapping[str, ModelFacts], x: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Of the scores that go with Japanese: the first law of a mean, and the second component."""
+    wanted = [q for q in questions if q.axis == "ja"]
+    wanted = [q for q in wanted if q.tasks][:2] + [q for q in wanted if q.component == 1]
+    continued = np.array([bool(f and f.construction == "CPT") for f in facts.values()])
+    known = [f is not None for f in facts.values()]
+    shares = budgets_at_share(scores.models, table) if all(known) else None
+    rows = []
+    for question in wanted:
+        answer = continued_efficiency(
+            _values(question, scores, components), x["ja"], continued, families, scores.models, name=question.name, axis="ja",
+            unit=_unit(question), pairs=find_pairs(scores.models, table), budgets_at=shares,
+        )  # fmt: skip
+        row = dataclasses.asdict(answer)
+        if isinstance(answer, Refused):
+            rows.append({"key": question.key, "refused": answer.reason, **row})
+            continue
+        row["sensitivity"] = [
+            {
+                "share": p.share, "multiplier": p.effect.multiplier, "low": p.low, "high": p.high,
+                "random_low": p.effect.multiplier_low, "random_high": p.effect.multiplier_high,
+                "offset": p.effect.value, "offset_se": p.effect.se, "p": p.p, "pearson": p.pearson, "verdict": p.verdict,
+            }
+            for p in answer.sensitivity
+        ]  # fmt: skip
+        rows.append({"key": question.key, **row})
+    return rows
+
+
+def _equivalence(
+    reference: Reference, questions: Sequence[Question], laws: Mapping[str, Law | Refused], table: Mapping[str, ModelFacts]
+) -> list[dict[str, Any]]:
+    """What −10 to +10 points are worth by every law of a mean, on the reference models and on paper A's; no items, no error of theirs."""
+    named = [("", q, laws[q.key]) for q in questions if q.tasks and isinstance(laws[q.key], Law)]
+    if reference.kind != "takase":
+        other = printed_reference(table)
+        names = other.scores.models
+        families = [find_model(name, table).family for name in names]
+        for question in QUESTIONS["takase"][:2]:
+            x = _log_budgets(names, table, question.axis, other.rule)
+            named.append(("takase_", question, _law(question, other.scores, None, x, families, MANY_DRAWS)))
+    rows = []
+    for prefix, question, law in named:
+        row = {"key": prefix + question.key, "law": question.name, "axis": question.axis, "n": law.n}
+        if isinstance(law, Refused):
+            rows.append({**row, "refused": law.reason, "curve": []})
+            continue
+        curve, refused = [], ""
+        for d in CHANGES:
+            found = budget_factor(d, np.full(MANY_DRAWS, d), law)
+            if isinstance(found, Refused):
+                refused = found.reason
+                break
+            curve.append([d, *found[:3]])
+        rows.append({
+            **row, "families": law.n_families, "slope": law.slope, "range": [law.y.min(), law.y.max()], "refused": refused, "curve": curve,
+            "notes": law.notes,
+        })  # fmt: skip
+    return rows
+
+
+def own_equivalence(points: Sequence[Point], questions: Sequence[Question], laws: Mapping[str, Law | Refused]) -> list[dict[str, Any]]:
+    """What each adapter (against its base) and each level (against the adapted model) is worth, by every law it has the scores of.
+
+    The two scores' errors are taken as independent, as the table of results does not keep items: intervals are too wide.
+    """
+    rows = []
+    for point in points:
+        kind = {"adapted": "base", "quantized": "adapted"}.get(point.kind)
+        before = next((p for p in points if p.run == point.run and p.kind == kind), None)
+        for question in questions:
+            law = laws[question.key]
+            pairs = [(before.scores.get(t), point.scores.get(t)) for t in question.tasks] if before else []
+            if not pairs or isinstance(law, Refused) or any(a is None or b is None or a.metric != b.metric for a, b in pairs):
+                continue
+            if any(b.metric not in METRICS.get(t, (b.metric,)) for t, (_, b) in zip(question.tasks, pairs, strict=True)):
+                continue
+            k = len(pairs)
+            was, now = (100 * sum(p[i].value for p in pairs) / k for i in (0, 1))
+            se = 100 * math.sqrt(sum((s.stderr or 0.0) ** 2 for p in pairs for s in p)) / k
+            found = equivalent_difference(was, now - was, se, law, change=point.name, n_items=min(b.n or 0 for _, b in pairs))
+            row = dataclasses.asdict(found)
+            rows.append({"key": question.key, "point": point.name, **({"refused": row["reason"]} if isinstance(found, Refused) else row)})
+    return rows
+
+
+def _languages() -> list[dict[str, Any]]:
+    """Paper A's Table 3, shares in percent."""
+    header, rows = read_table(DATA / "takase_table3_langdist.csv")
+    return [{"model": row["model"], "shares": {c: float(row[c]) for c in header[1:]}, "source": "Takase & Honda, Table 3"} for _, row in rows]
+
+
+def _budgets(facts: ModelFacts | None, table: Mapping[str, ModelFacts], rule: Convention) -> dict[str, Any]:
+    if facts is None:
+        return {}
+    rows = {}
+    for language in LANGUAGES:
+        b = budget(facts, table, language, rule)
+        rows[language] = {
+            "parameters": b.parameters, "tokens": b.tokens, "value": b.value, "flops": b.flops, "log10": b.log10,
+            "kind": b.kind, "explanation": b.explanation,
+        }  # fmt: skip
+    return rows
+
+
+def _model_row(
+    name: str, i: int, scores: Scores, facts: ModelFacts | None, table: Mapping[str, ModelFacts], rule: Convention,
+    complete: Scores, components: dict | None,
+) -> dict[str, Any]:  # fmt: skip
+    source = find_model(facts.source_model, table) if facts else None
+    return {
+        "name": name,
+        "hf_id": facts.hf_id if facts else "",
+        "family": facts.family if facts else "",
+        "construction": facts.construction if facts else "",
+        "source_model": source.name if source else facts.source_model if facts else "",
+        "note": facts.note if facts else "not in the table of models",
+        "budgets": _budgets(facts, table, rule),
+        "scores": dict(zip(scores.tasks, scores.values[i], strict=True)),
+        "components": components["scores"][i] if components else None,
+    }
+
+
+def _point_row(
+    point: Point, table: Mapping[str, ModelFacts], rule: Convention, questions: Sequence[Question], laws: Mapping[str, Law | Refused]
+) -> dict[str, Any]:
+    placements = []
+    for question in questions:
+        law = laws[question.key]
+        if question.component is not None:
+            continue
+        placed = (
+            Placement(point.name, question.name, sentence=f"There is no law of {question.name}: {law.reason}.")
+            if isinstance(law, Refused)
+            else place(point, law, question.tasks, table, rule)
+        )
+        placements.append({"key": question.key, **dataclasses.asdict(placed)})
+    return {
+        "name": point.name,
+        "run": point.run,
+        "kind": point.kind,
+        "size_bytes": point.facts.size_bytes,
+        "budgets": _budgets(point.facts, table, rule),
+        "moved": moved(point, table, rule),
+        "scores": {task: dataclasses.asdict(s) for task, s in point.scores.items()},
+        "placements": placements,
+        "notes": list(point.notes),
+    }
+
+
+def _json(value: Any) -> Any:
+    """A JSON value: arrays as lists, dataclasses as objects, numbers that are not finite as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _json(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_json(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
