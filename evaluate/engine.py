@@ -211,6 +211,8 @@ class Engine:
         n_ctx: cells of the KV memory, shared by all sequences of a batch; one sequence may use all of them, up to
             the length that the model was trained for.
         n_seq_max: sequences decoded together.
+        separate: give each sequence ``n_ctx / n_seq_max`` cells of its own. Attention then reads one sequence's
+            cells, not everybody's: for many sequences of one length, twice as fast at 32 of 200 tokens.
         n_threads: CPU threads; ``None`` takes :func:`thread_count`.
         n_gpu_layers: layers on the GPU (all: −1); it has no effect on a CPU build.
         flash_attention: let llama.cpp choose its fused attention, as its own programs do. On a CPU it sums in
@@ -237,6 +239,7 @@ class Engine:
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         flash_attention: bool = False,
+        separate: bool = False,
     ):
         self._model = self._context = self._batch = None
         self.path = Path(path)
@@ -257,7 +260,7 @@ class Engine:
         params.n_ctx, params.n_seq_max = n_ctx, n_seq_max
         params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
         params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = True  # the sequences share the cells, whatever their lengths
+        params.kv_unified = not separate  # unified: the sequences share the cells, whatever their lengths
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash_attention else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -270,7 +273,8 @@ class Engine:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._room = llama_cpp.llama_n_ctx(self._context)
         self._n_seq_max, self._n_batch = n_seq_max, params.n_batch
-        self.context = min(self._room, llama_cpp.llama_model_n_ctx_train(self._model) or self._room)
+        longest = llama_cpp.llama_n_ctx_seq(self._context)
+        self.context = min(longest, llama_cpp.llama_model_n_ctx_train(self._model) or longest)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.bos = llama_cpp.llama_vocab_bos(self._vocab)
         self.eos = llama_cpp.llama_vocab_eos(self._vocab)
@@ -659,9 +663,10 @@ class _Slot:
 def _pick(logits: np.ndarray, temperature: float, rngs: list) -> list[int]:
     if temperature <= 0:
         return logits.argmax(axis=1).tolist()
-    scaled = logits.astype(np.float64) / temperature
-    # the Gumbel-max trick: argmax of logits plus Gumbel noise is a draw from their softmax
-    return [int((row + rng.gumbel(size=row.size)).argmax()) for row, rng in zip(scaled, rngs, strict=True)]
+    weights = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
+    # one uniform number in (0, 1] a row, looked up in the cumulative weights: a token of weight 0 is never drawn
+    total = weights.cumsum(axis=1, dtype=np.float64)
+    return [int(row.searchsorted((1 - rng.random()) * row[-1])) for row, rng in zip(total, rngs, strict=True)]
 
 
 def _reason() -> str:
