@@ -1,7 +1,7 @@
 """Log-linear laws of a score against the logarithm of the compute spent on a language.
 
-``y = a + b·log10(N·D_l)``: Takase & Honda, section 4 (score against model size × tokens of Japanese, or of all
-languages); Saito et al., section 4.3 (principal components against the same budgets, ``N`` active parameters).
+``y = a + b·log10(N·D_l)``: Takase & Honda, section 3 and figure 2 (score against model size × tokens of Japanese, or
+of all languages); Saito et al., section 4.4 (principal components against the same budgets, ``N`` active parameters).
 Neither paper gives an interval. Models of one family share their base's data, so they are not independent: every
 coefficient here carries an interval from drawing *families* again with replacement, and every law says how well it
 predicts a family it has not seen.
@@ -19,7 +19,7 @@ from tsugiki.errors import UserError, raise_problems
 
 MIN_POINTS = 4  # a line through three points has one degree of freedom: nothing to say about its error
 FEW_POINTS = 8
-MIN_FAMILIES = 5  # with four, intervals at 95 % were found to hold the truth in 85 % of simulated laws
+MIN_FAMILIES = 5  # four families have but 35 different resamples, and a t of three degrees of freedom
 FEW_FAMILIES = 10
 MIN_VALID = 0.9  # share of resamples that must have an answer for their percentiles to be an interval
 AXES = ("total", "en", "ja")
