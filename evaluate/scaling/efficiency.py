@@ -4,9 +4,10 @@ Model: ``y = a + b·log10(N·D) + c·[continued] + family + error``. A continued
 with ``10^(c/b)`` times its budget: the *efficiency multiplier*. Takase & Honda (section 3, figure 2) read "not
 particularly efficient" from a scatter plot; neither their data nor Saito et al.'s can say so. Models of one family
 share a base, so the number of independent observations is nearer the number of families than of models; and the
-Japanese tokens inside an English base are a guess that moves the answer. So three designs are set side by side, each with its interval, the
-smallest multiplier they could have seen, and the answer for each assumed share. What they do not decide is called
-inconclusive; nothing here is causal: continued models differ from the others in more than their tokens.
+Japanese tokens inside an English base are a guess that moves the answer. So three designs are set side by side, each
+with its interval, the smallest multiplier they could have seen, and the answer for each assumed share. What they do
+not decide is called inconclusive; nothing here is causal: continued models differ from the others in more than their
+tokens.
 """
 
 from __future__ import annotations
