@@ -284,14 +284,14 @@ def test_the_card_of_a_bundled_base_states_shares_bits_and_licence(bundled):
 def test_the_chat_template_of_a_bundled_base_uses_tokens_that_are_there(bundled):
     from transformers import AutoTokenizer
 
-    from tsugiki.chat import end_of_turn_id, prompt_text
+    from tsugiki.chat import end_of_turn_id, prompt_text, special_ids
 
     tokenizer = AutoTokenizer.from_pretrained(bundled)
     assert len(tokenizer) == read_json(bundled / "config.json")["vocab_size"] == TINY_BASES[bundled.name].vocab_size
     text = prompt_text(tokenizer, "点検は？", "あなたは助手です。")
     assert "点検は？" in text and "あなたは助手です。" in text
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert set(ids) & set(tokenizer.all_special_ids) and end_of_turn_id(tokenizer) < len(tokenizer)
+    assert set(ids) & special_ids(tokenizer) and end_of_turn_id(tokenizer) in special_ids(tokenizer)
     config = read_json(bundled / "config.json")
     for name in ("bos_token", "eos_token", "pad_token"):
         token = getattr(tokenizer, name)

@@ -200,8 +200,10 @@ def test_two_runs_of_one_recipe_do_not_mix(copy):
 
 
 def start(folder: Path) -> subprocess.Popen:
+    # A shell's background job ignores Ctrl-C, and so would its children.
     return subprocess.Popen(
-        command("recipe", "run", "mine.yaml"), cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command("recipe", "run", "mine.yaml"), cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

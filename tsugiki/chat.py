@@ -87,6 +87,11 @@ def _render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> 
         raise UserError(f"the chat template refuses roles {[m['role'] for m in messages]}: {error}") from error
 
 
+def special_ids(tokenizer) -> set[int]:
+    """The ids of all special tokens: those with a role (BOS, EOS …) and those that only a template writes."""
+    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
 def end_of_turn_id(tokenizer) -> int:
     """The id of the special token that the template writes after an assistant's answer.
 
@@ -101,8 +106,7 @@ def end_of_turn_id(tokenizer) -> int:
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
     # A tokenizer that prepends a space marks it with a token of its own.
     ids = [i for i in ids if tokenizer.decode([i]).strip()]
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    if not ids or ids[0] not in special:
+    if not ids or ids[0] not in special_ids(tokenizer):
         raise UserError(
             f"the chat template ends an answer with {tail!r}, not with a special token",
             hint="Add an end-of-turn token (for example the EOS token) after the assistant's content.",
@@ -127,7 +131,7 @@ def encode(tokenizer, samples: Iterable[Sample], system: str | None = None) -> l
     heads = [prompt_text(tokenizer, s.prompt, system) for s in samples]
     prompts, wholes = ids(heads), ids([h + s.completion for h, s in zip(heads, samples, strict=True)])
     alone = ids([s.completion for s in samples])
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     marked = [s for s, answer in zip(samples, alone, strict=True) if special.intersection(answer)]
     if marked:
         raise UserError(
