@@ -34,7 +34,7 @@ from tsugiki.evaluate.scaling.factors import (
     printed_loadings,
     subset,
 )
-from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_law, predict
+from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_component_law, fit_law, predict
 from tsugiki.evaluate.scaling.missing import fill, fit_missing_law, fit_ppca
 from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_points
 from tsugiki.evaluate.scaling.tables import (
@@ -237,7 +237,7 @@ def analyse(
     say("laws of score and budget")
     laws, questions = {}, _questions(reference, components)
     for question in questions:
-        laws[question.key] = _law(question, scores, components, x[question.axis], families, MANY_DRAWS)
+        laws[question.key] = _law(question, scores, complete, components, x[question.axis], families)
     found["laws"] = [_law_row(q, laws[q.key], facts) for q in questions]
     found["all_laws"] = [
         _law_brief(fit_law(100 * scores.column(task), x[axis], families, name=task, axis=axis, models=scores.models, draws=FEW_DRAWS))
@@ -351,11 +351,15 @@ def _unit(question: Question) -> str:
     return "points" if question.component is None else "SD"
 
 
-def _law(question: Question, scores: Scores, components: dict | None, x: np.ndarray, families: list[str], draws: int) -> Law | Refused:
-    return fit_law(
-        _values(question, scores, components), x, families,
-        name=question.name, axis=question.axis, unit=_unit(question), models=scores.models, draws=draws,
-    )  # fmt: skip
+def _law(
+    question: Question, scores: Scores, complete: Scores, components: dict | None, x: np.ndarray, families: list[str]
+) -> Law | Refused:
+    """The law of a mean of tasks, or of a component: there the components are computed anew in every resample."""
+    common = {"name": question.name, "axis": question.axis, "models": scores.models}
+    if question.component is None:
+        return fit_law(_values(question, scores, components), x, families, unit="points", draws=MANY_DRAWS, **common)
+    loading = components["loadings"][question.component]
+    return fit_component_law(complete.values, loading, x, families, draws=FEW_DRAWS, **common)
 
 
 def _law_brief(law: Law | Refused) -> dict[str, Any]:
@@ -445,7 +449,7 @@ def _equivalence(
         families = [find_model(name, table).family for name in names]
         for question in QUESTIONS["takase"][:2]:
             x = _log_budgets(names, table, question.axis, other.rule)
-            named.append(("takase_", question, _law(question, other.scores, None, x, families, MANY_DRAWS)))
+            named.append(("takase_", question, _law(question, other.scores, other.scores, None, x, families)))
     rows = []
     for prefix, question, law in named:
         row = {"key": prefix + question.key, "law": question.name, "axis": question.axis, "n": law.n}

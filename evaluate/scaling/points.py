@@ -163,7 +163,7 @@ def base_facts(name: str, models: Mapping[str, ModelFacts], bases: Mapping[str, 
     if found is not None:
         return found, ""
     size = float(named.parameters) if named and named.parameters else None
-    sources = {k: ("reported", "list of bases") for k in ("parameters", "active_parameters")} if size else {}
+    sources = dict.fromkeys(("parameters", "active_parameters"), ("reported", "list of bases")) if size else {}
     facts = ModelFacts(
         name=name, hf_id=(named.hub_id or "") if named else "", family=name, parameters=size, active_parameters=size, sources=sources
     )

@@ -1,0 +1,232 @@
+"""The user's models as points: their budgets, where they stand on a law, and a sentence where they cannot stand."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tsugiki.bases import load_bases
+from tsugiki.errors import UserError
+from tsugiki.evaluate.scaling.analysis import analyse, own, printed_reference, published
+from tsugiki.evaluate.scaling.budgets import budget, explain
+from tsugiki.evaluate.scaling.laws import fit_law, predict
+from tsugiki.evaluate.scaling.points import Point, Score, language_by_script, moved, place, read_points, tokens_by_language
+from tsugiki.evaluate.scaling.tables import ModelFacts, load_models
+from tsugiki.recipes.cli import app
+from tsugiki.recipes.recipe import BASES
+from tsugiki.results import Result, replace_results
+from tsugiki.samples import EncodedSample, write_encoded
+
+SHARED = Path(os.environ.get("TSUGIKI_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+needs_scores = pytest.mark.skipif(not (SHARED / "scores" / "scores_35.csv").exists(), reason="the public score matrix is not here")
+BUNDLED = load_bases(BASES)
+
+
+def a_run(runs: Path, base: str, *, scores: dict[str, list[tuple[str, str, float]]] | None = None, train_tokens: int = 8200) -> Path:
+    """A finished run: 100 samples kept of 200, one level; ``scores``: model → (task, metric, value)."""
+    folder = runs / "shop" / base
+    rows = [EncodedSample(f"s{i}", "棚はどこ？" if i % 4 else "Where?", "右" if i % 4 else "Right", "d", "", [1] * 30, [2] * 11) for i in range(200)]
+    write_encoded(folder / "data" / "train.jsonl", rows)
+    fits = [{"n": n, "seed": 0, "epochs": 2, "nll": nll, "nll_ci": None, "bpc": None, "train_tokens": t, "seconds": 1.0}
+            for n, nll, t in ((50, 2.0, 4100), (100, 1.0, train_tokens))]  # fmt: skip
+    summary = {
+        "domain": "shop", "base": base, "sweep": {"points": fits, "optimum": {"n": 100, "nll": 1.0}},
+        "levels": [{"level": "F16", "bytes": 100}, {"level": "Q4_K_M", "bytes": 30}],
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = [
+        Result(f"shop/{base}/{model}", base, task, metric, value, stderr=0.02, n=198)
+        for model, listed in (scores or {}).items()
+        for task, metric, value in listed
+    ]
+    replace_results(runs / "results.sqlite", f"shop/{base}", "evaluate", found)
+    return folder
+
+
+def a_law(name="NIILC", slope=10.0, middle=21.0):
+    rng = np.random.default_rng(0)
+    x = np.linspace(middle - 2, middle + 2, 30)
+    return fit_law(50 + slope * (x - middle) + rng.normal(0, 3, 30), x, [f"f{i % 10}" for i in range(30)], name=name, axis="ja", draws=200)
+
+
+def test_a_run_gives_its_base_its_adapted_model_and_each_quantized_file(tmp_path):
+    a_run(tmp_path, "tiny-llama")
+    points, table, notes = read_points(tmp_path, load_models(), BUNDLED)
+    assert [(p.name, p.kind) for p in points] == [
+        ("shop/tiny-llama base", "base"), ("shop/tiny-llama adapted", "adapted"), ("shop/tiny-llama Q4_K_M", "quantized"),
+    ]  # fmt: skip
+    assert notes == [] and points[2].facts.size_bytes == 30
+    base, adapted, level = (budget(p.facts, table, "total") for p in points)
+    assert adapted.tokens == pytest.approx(base.tokens + 8200)  # the kept fit's tokens, all its epochs
+    assert level.value == adapted.value
+
+
+def test_an_adapters_tokens_move_its_base_along_the_languages_of_its_samples(tmp_path):
+    a_run(tmp_path, "tiny-llama")
+    (base, adapted, _), table, _ = read_points(tmp_path, load_models(), BUNDLED)
+    before, after = budget(base.facts, table, "ja"), budget(adapted.facts, table, "ja")
+    assert after.tokens - before.tokens == pytest.approx(0.75 * 8200)  # three of four samples are Japanese, equally long
+    assert moved(adapted, table)["ja"] == pytest.approx(math.log10(after.tokens / before.tokens))
+    assert any("75.0% ja, 25.0% en" in note for note in adapted.notes)
+
+
+@pytest.mark.parametrize("text, language", [
+    ("ポンプを止める", "ja"), ("設備保全", "ja"), ("Stop the pump", "en"), ("P-101 を止める", "ja"), ("123 ℃", "und"), ("", "und"), ("甲 ABC", "und"),
+])  # fmt: skip
+def test_scripts_tell_the_language_or_leave_it_open(text, language):
+    assert language_by_script(text) == language
+
+
+def test_without_training_rows_the_tokens_are_of_undetermined_language(tmp_path):
+    tokens, said = tokens_by_language(tmp_path / "train.jsonl", 10, 500)
+    assert tokens == {"und": 500.0} and "undetermined" in said
+
+
+def test_a_hub_base_has_the_budget_of_the_published_table(tmp_path):
+    a_run(tmp_path, "llama-3-swallow-8b")
+    (base, adapted, _), table, _ = read_points(tmp_path, load_models(), BUNDLED)
+    assert base.facts.name == "Llama 3 Swallow 8B"
+    assert budget(base.facts, table, "ja").tokens == 115e9  # Saito et al., Table 1
+    assert 0 < moved(adapted, table)["ja"] < 1e-6
+
+
+def test_a_base_of_unknown_tokens_is_said_to_be_so(tmp_path):
+    a_run(tmp_path, "qwen3-8b")
+    (base, *_), table, _ = read_points(tmp_path, load_models(), BUNDLED)
+    placed = place(base, a_law(), ["niilc"], table)
+    assert placed.log_budget is None and placed.value is None
+    assert "not known" in placed.sentence and any("--models" in note for note in base.notes)
+
+
+def test_a_torn_run_is_told_and_the_others_are_read(tmp_path):
+    a_run(tmp_path, "tiny-llama")
+    torn = tmp_path / "torn" / "tiny-qwen" / "summary.json"
+    torn.parent.mkdir(parents=True)
+    torn.write_text("{", encoding="utf-8")
+    points, _, notes = read_points(tmp_path, load_models(), BUNDLED)
+    assert len(points) == 3 and len(notes) == 1 and notes[0].startswith("torn/tiny-qwen: the run cannot be read")
+
+
+def test_no_runs_no_points(tmp_path):
+    assert read_points(tmp_path / "none", load_models(), BUNDLED)[0] == []
+
+
+def test_a_point_is_placed_with_residual_and_prediction_interval():
+    law = a_law()
+    facts = ModelFacts("mine", parameters=8e9, active_parameters=8e9, tokens_total=1e12, tokens_ja=1e11)
+    x = math.log10(8e9 * 1e11)
+    placed = place(Point("mine", "r", "base", facts, {"niilc": Score(0.62, 0.03, 198, "char_f1")}), law, ["niilc"], {"mine": facts})
+    expected = predict(law, x)
+    assert placed.log_budget == pytest.approx(x) and placed.value == pytest.approx(62) and placed.stderr == pytest.approx(3)
+    assert (placed.predicted, placed.low, placed.high) == (expected.value, expected.low, expected.high)
+    assert placed.residual == pytest.approx(62 - expected.value) and placed.extrapolated is False
+    assert "prediction interval" in placed.sentence
+
+
+def test_a_mean_needs_every_task_and_its_error_is_that_of_independent_tasks():
+    facts = ModelFacts("mine", parameters=8e9, active_parameters=8e9, tokens_total=1e12, tokens_ja=1e11)
+    one = {"niilc": Score(0.6, 0.03, 198, "char_f1")}
+    assert "was not scored on jemhopqa" in place(Point("mine", "r", "base", facts, one), a_law(), ["niilc", "jemhopqa"], {}).sentence
+    both = one | {"jemhopqa": Score(0.4, 0.04, 120, "char_f1")}
+    placed = place(Point("mine", "r", "base", facts, both), a_law(), ["niilc", "jemhopqa"], {})
+    assert placed.value == pytest.approx(50) and placed.stderr == pytest.approx(2.5)
+
+
+def test_a_score_by_another_metric_is_another_scale():
+    facts = ModelFacts("mine", parameters=8e9, active_parameters=8e9, tokens_total=1e12, tokens_ja=1e11)
+    placed = place(Point("mine", "r", "base", facts, {"niilc": Score(0.3, 0.03, 127, "exact_match")}), a_law(), ["niilc"], {})
+    assert placed.value is None and "exact_match" in placed.sentence and "char_f1" in placed.sentence
+
+
+def test_far_outside_the_published_budgets_nothing_is_read_into_a_residual():
+    facts = ModelFacts("tiny", parameters=6e6, active_parameters=6e6, tokens_total=1e7, tokens_ja=1e7)
+    placed = place(Point("tiny", "r", "base", facts, {"niilc": Score(0.01, 0.01, 198, "char_f1")}), a_law(), ["niilc"], {})
+    assert placed.extrapolated and "read nothing into this" in placed.sentence
+
+
+def test_a_model_that_saw_no_japanese_has_no_japanese_budget_to_place():
+    facts = ModelFacts("en", parameters=1e9, active_parameters=1e9, tokens_total=1e12, tokens_en=1e12, tokens_ja=0.0)
+    placed = place(Point("en", "r", "base", facts), a_law(), ["niilc"], {})
+    assert placed.log_budget is None and "no logarithm" in placed.sentence
+
+
+def test_the_law_of_one_file_takes_the_score_of_its_metric_and_most_items(tmp_path):
+    a_run(tmp_path, "llama-3-swallow-8b", scores={"base": [("niilc", "exact_match", 0.4), ("niilc", "char_f1", 0.58), ("shop", "nll", 1.2)]})
+    (base, *_), _, _ = read_points(tmp_path, load_models(), BUNDLED)
+    assert base.scores["niilc"] == Score(0.58, 0.02, 198, "char_f1") and "shop" not in base.scores
+
+
+@needs_scores
+def test_levels_and_adapters_are_worth_a_factor_of_the_budget_by_the_published_law(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSUGIKI_DATA", str(SHARED))
+    a_run(tmp_path, "llama-3-swallow-8b", scores={
+        "base": [("niilc", "char_f1", 0.58)], "adapted": [("niilc", "char_f1", 0.56)], "Q4_K_M": [("niilc", "char_f1", 0.53)],
+    })  # fmt: skip
+    reference = published(load_models())
+    points, table, _ = read_points(tmp_path, reference.models, BUNDLED)
+    result = analyse(reference, points, table)
+    law = next(row for row in result["laws"] if row["key"] == "niilc_ja")
+    # Saito et al., Figure 7 and Table 1, as computed from their scores: 10.2491 points a decade, r 0.8602
+    assert law["slope"]["value"] == pytest.approx(10.2491, abs=5e-5) and law["pearson"]["value"] == pytest.approx(0.8602, abs=5e-5)
+    by = {row["point"]: row for row in result["own_equivalence"] if row["key"] == "niilc_ja"}
+    assert by["shop/llama-3-swallow-8b Q4_K_M"]["factor"] == pytest.approx(10 ** (-3 / 10.2491), rel=1e-4)
+    assert by["shop/llama-3-swallow-8b adapted"]["factor"] == pytest.approx(10 ** (-2 / 10.2491), rel=1e-4)
+    placed = [q for p in result["yours"] for q in p["placements"] if q["key"] == "niilc_ja"]
+    assert [q["value"] for q in placed] == pytest.approx([58, 56, 53]) and not any(q["extrapolated"] for q in placed)
+    assert result["components"]["scratch"]["printed_cells"] == [76, 76]  # their Figure 8
+    assert json.dumps(result, allow_nan=False)
+
+
+def test_without_the_matrix_the_printed_table_is_analysed_and_said_to_be_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSUGIKI_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    reference = published(load_models())
+    assert reference.kind == "takase" and len(reference.scores.models) == 9 and "not found" in reference.source
+    result = analyse(reference)
+    slopes = {row["key"]: (row["n"], row["slope"]["value"]) for row in result["laws"]}
+    # ordinary least squares on Takase & Honda's Table 2, ELYZA left out (its tokens are not known)
+    assert slopes["culture_ja"] == (8, pytest.approx(30.5, abs=0.05)) and slopes["neutral_total"] == (8, pytest.approx(15.8, abs=0.05))
+    assert all("refused" in row for row in result["efficiency"]) and result["yours"] == []
+
+
+def test_a_matrix_of_ones_own_with_holes_and_strangers_is_analysed_and_both_are_told(tmp_path):
+    models = [m.name for m in load_models().values() if m.table_set == "saito_table1" and m.tokens_ja][:14]
+    rng = np.random.default_rng(3)
+    skill = rng.normal(0, 1, len(models) + 1)
+    lines = ["model,quiz,sums,essay,facts"]
+    for i, name in enumerate([*models, "Somebody's 7B"]):
+        cells = [f"{0.5 + 0.1 * skill[i] + 0.03 * e:.4f}" for e in rng.normal(0, 1, 4)]
+        lines.append(",".join([f'"{name}"', *(cells if i != 2 else [cells[0], "", *cells[2:]])]))
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    reference = own(path, load_models())
+    result = analyse(reference)
+    assert reference.kind == "yours" and len(result["models"]) == 15
+    assert any("Somebody's 7B" in note and "--models" in note for note in result["notes"])
+    assert any("1 of 60 scores are missing" in note for note in result["notes"])
+    assert {row["name"] for row in result["laws"]} >= {"quiz", "sums", "essay", "facts", "PC1"}
+    assert result["missing"] and json.dumps(result, allow_nan=False)
+
+
+def test_budget_explains_bundled_and_published_models_and_names_near_ones():
+    said = CliRunner().invoke(app, ["evaluate", "budget", "tiny-llama", "Swallow 7B"])
+    assert said.exit_code == 0 and "training.json of tiny-llama" in said.output and "102 B in Japanese" in said.output
+    wrong = CliRunner().invoke(app, ["evaluate", "budget", "Swalow 7B"])
+    assert isinstance(wrong.exception, UserError) and "Did you mean" in str(wrong.exception)
+
+
+def test_a_points_budget_can_be_explained(tmp_path):
+    a_run(tmp_path, "tiny-llama")
+    (_, adapted, _), table, _ = read_points(tmp_path, load_models(), BUNDLED)
+    said = explain(adapted.facts, table)
+    assert "adapter on tiny-llama" in said and "added in Japanese" in said
+
+
+def test_the_printed_table_has_takase_and_hondas_budgets():
+    reference = printed_reference(load_models())
+    # their Table 3 gives Llama 3.1 1.8 % Japanese: 270 B of 15 T
+    assert budget("Llama-3.1-8B-Instruct", reference.models, "ja", reference.rule).tokens == pytest.approx(270e9)
