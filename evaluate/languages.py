@@ -289,6 +289,14 @@ def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float:
     return float((a * b).sum() / scale) if scale else float("nan")
 
 
+def wilson(share: np.ndarray, n: int) -> np.ndarray:
+    """Wilson's 95 % score interval ``(L, 2)`` of shares ``(L,)`` of ``n`` independent draws."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return np.clip(np.stack([middle - half, middle + half], axis=-1), 0.0, 1.0)
+
+
 def table3() -> dict[str, dict[str, float]]:
     """Takase & Honda's table 3: name → language → percent, ten languages and ``others``."""
     with TABLE.open(encoding="utf-8", newline="") as file:
@@ -333,8 +341,9 @@ def summarise(out: Path, *, reported: dict[str, float] | None = None, resamples:
     """Estimate the distribution from the chunks in ``out``; write ``languages.json`` and ``languages.csv`` there.
 
     Shares are fractions with ``und`` as a language of its own; ``known`` leaves it out and sums to 1 without it.
-    Intervals: 2.5 and 97.5 % points of a bootstrap over sequences. They hold what sampling leaves open, not the
-    identifier's bias and not the gap between documents and tokens.
+    95 % intervals: Wilson's for shares of sequences (a bootstrap would call a language not seen certainly absent), the
+    2.5 and 97.5 % points of a bootstrap over sequences for the rest. They hold what sampling leaves open, not the
+    identifier's bias, not the gap between documents and tokens, not what the model itself gets wrong.
 
     Args:
         out: the folder of :func:`generate_languages`.
@@ -400,7 +409,7 @@ def summarise(out: Path, *, reported: dict[str, float] | None = None, resamples:
 
     point = shares(np.ones(n))
     rng = np.random.default_rng(run["seed"])
-    measures = ("sequences", "tokens", *(("length_corrected",) if correctable else ()))
+    measures = ("tokens", *(("length_corrected",) if correctable else ()))
     drawn: dict[str, list] = {m: [] for m in measures}
     tau_draws = []
     for _ in range(resamples):
@@ -409,6 +418,7 @@ def summarise(out: Path, *, reported: dict[str, float] | None = None, resamples:
             drawn[m].append(again[m])
         tau_draws.append(taus(again["sequences"]))
     ci = {m: np.percentile(drawn[m], [2.5, 97.5], axis=0).T for m in measures}
+    ci["sequences"] = wilson(point["sequences"], n)
 
     def one(label: str) -> dict:
         i = place[label]

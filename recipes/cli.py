@@ -478,18 +478,19 @@ def _number(value: float | None, form: str) -> str:
 
 def show_languages(found: dict) -> None:
     """Print an estimate of :mod:`tsugiki.evaluate.languages`: the 12 largest languages and ``und``, in percent."""
+
     def percent(row: dict, key: str) -> str:
         if row[key] is None:
             return "–"
         ci = row.get(f"{key}_ci")
-        return f"{row[key]:.1%}" + (f" ({ci[0]:.1%} – {ci[1]:.1%})" if ci else "")
+        return f"{100 * row[key]:.1f}" + (f" ({100 * ci[0]:.1f}–{100 * ci[1]:.1f})" if ci else "")
 
     out = Console(highlight=False)
-    table = Table("language", "sequences", "tokens, by line", "length-corrected", "bytes",
+    table = Table("%", "sequences", "tokens by line", "length-corrected", "bytes",
                   title=f"{found['model']}: {found['done']:,} of {found['sequences']:,} sequences of {found['tokens']:,} tokens from {found['start']['kind']}",
                   title_justify="left")
     for i, row in enumerate(found["languages"]):
-        if i < 12 or row["language"] == "und":
+        if row["language"] == "und" or (i < 12 and max(row["sequences"], row["tokens"]) >= 0.0005):
             table.add_row(row["language"], *(percent(row, k) for k in ("sequences", "tokens", "length_corrected", "bytes")))
     out.print(table)
     if found["length_correction"]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kendalltau
+from scipy.stats import binomtest, kendalltau
 
 from tsugiki.artifacts import read_json
 from tsugiki.errors import UserError
@@ -28,6 +28,7 @@ from tsugiki.evaluate.languages import (
     start_token,
     summarise,
     table3,
+    wilson,
 )
 from tsugiki.quantize.convert import convert
 
@@ -179,6 +180,12 @@ def test_shares_sum_to_one_and_lie_in_their_intervals(path, tmp_path):
     assert [k["variant"] for k in found["kendall"]] == ["tau-b", "tau-b"]
     assert read_json(tmp_path / "languages.json") == found
     assert (tmp_path / "languages.csv").read_text(encoding="utf-8").startswith("language,sequences,tokens")
+
+
+@pytest.mark.parametrize(("seen", "n"), [(0, 10), (3, 10), (50, 100), (400, 400)])
+def test_intervals_of_shares_of_sequences_are_those_of_scipy(seen, n):
+    expected = binomtest(seen, n).proportion_ci(method="wilson")
+    assert wilson(np.array([seen / n]), n)[0] == pytest.approx([expected.low, expected.high])
 
 
 def test_the_length_correction_turns_documents_into_tokens():
