@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tsugiki.adapt.nll import model_parts
+from tsugiki.adapt.nll import batches_by_length, model_parts
 from tsugiki.errors import UserError
 from tsugiki.machine import peak_rss
 from tsugiki.samples import EncodedSample
+
+# Padded tokens in one pass through the model, on the CPU and on a GPU: few stay in the caches, many fill a GPU.
+TOKENS_PER_PASS = {False: 1024, True: 65_536}
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,21 @@ def fit(
         """TRL's trainer with the output layer applied at the completion's positions only."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs["labels"][:, 1:]
             body, head = model_parts(self.accelerator.unwrap_model(model))
-            hidden = body(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state[:, :-1]
-            learned = labels != -100
-            losses = torch.nn.functional.cross_entropy(
-                head(hidden[learned]).float(), labels[learned], reduction="sum"
-            )
-            loss = losses / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            losses, count = 0.0, 0
+            # A batch stays a random draw, but rows of like length go through the model together: on law text,
+            # where the longest row is three times the mean, padding was two thirds of the work.
+            for rows in batches_by_length(lengths, TOKENS_PER_PASS[gpu]):
+                width = max(lengths[row] for row in rows)
+                ids, mask, labels = (inputs[k][rows, :width] for k in ("input_ids", "attention_mask", "labels"))
+                hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+                learned = labels[:, 1:] != -100
+                losses = losses + torch.nn.functional.cross_entropy(
+                    head(hidden[learned]).float(), labels[:, 1:][learned], reduction="sum"
+                )
+                count += learned.sum()
+            loss = losses / (count if num_items_in_batch is None else num_items_in_batch)
             return (loss, None) if return_outputs else loss
 
     class Watch(TrainerCallback):
