@@ -247,6 +247,7 @@ def evaluate_scaling(
     runs: RunsOption = Path("runs"),
     models: Annotated[Path | None, typer.Option(help="CSV of further models: size, tokens, family.", show_default=False)] = None,
     language: Annotated[str, typer.Option(help="Of the figures: ja or en. The page has both.")] = "ja",
+    download: Annotated[bool, typer.Option(help="Fetch the public 35 × 19 matrix (pinned commit, checked) where no file is given.")] = False,
 ) -> None:
     """Score against compute: laws with honest intervals, the published models, and yours among them."""
     from tsugiki.evaluate.scaling.analysis import run_scaling
@@ -254,7 +255,7 @@ def evaluate_scaling(
 
     out = out or runs / "scaling"
     result = run_scaling(scores, out, runs=runs, models=models, bases=load_bases(BASES), language=language,
-                         say=lambda text: console.print(escape(text)))
+                         download=download, say=lambda text: console.print(escape(text)))
     show_scaling(result)
     _out().print(f"Page: {escape(str(out / 'scaling.html'))}", soft_wrap=True)
 

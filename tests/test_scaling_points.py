@@ -14,7 +14,15 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.scaling.analysis import analyse, own, printed_reference, published
 from tsugiki.evaluate.scaling.budgets import budget, explain
 from tsugiki.evaluate.scaling.laws import fit_law, predict
-from tsugiki.evaluate.scaling.points import Point, Score, language_by_script, moved, place, read_points, tokens_by_language
+from tsugiki.evaluate.scaling.points import (
+    Point,
+    Score,
+    language_by_script,
+    moved,
+    place,
+    read_points,
+    tokens_by_language,
+)
 from tsugiki.evaluate.scaling.tables import ModelFacts, load_models
 from tsugiki.recipes.cli import app
 from tsugiki.recipes.recipe import BASES

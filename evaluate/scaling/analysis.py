@@ -38,11 +38,13 @@ from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_component_law,
 from tsugiki.evaluate.scaling.missing import fill, fit_missing_law, fit_ppca
 from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_points
 from tsugiki.evaluate.scaling.tables import (
+    COMMIT,
     DATA,
     LANGUAGES,
     TASKS,
     ModelFacts,
     Scores,
+    fetch_scores,
     find_model,
     load_models,
     load_scores,
@@ -122,6 +124,7 @@ def run_scaling(
     models: Path | str | None = None,
     bases: Mapping[str, Base] | None = None,
     language: str = "ja",
+    download: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Analyse a score matrix and the user's own runs; write ``scaling.json``, ``figures/``, ``tables/``, ``scaling.html``.
@@ -133,6 +136,7 @@ def run_scaling(
         models: table of further models (CSV), added to the shipped one.
         bases: the named bases of the recipe.
         language: of the figures, ``ja`` or ``en``.
+        download: fetch the public matrix (pinned commit, checked) into ``out`` where no file is given.
         say: told what is being done.
 
     Returns:
@@ -150,7 +154,9 @@ def run_scaling(
     table = load_models()
     if models:
         table |= load_models(models)
-    reference = own(scores, table) if scores else published(table)
+    if scores and download:
+        raise UserError("a score matrix is given and another is to be fetched", hint="Leave out --download, or --scores.")
+    reference = own(scores, table) if scores else fetched(table, out) if download else published(table)
     say(reference.source)
     points, known, notes = read_points(runs, reference.models, bases)
     result = analyse(reference, points, known, say=say)
@@ -179,6 +185,13 @@ def published(models: Mapping[str, ModelFacts]) -> Reference:
     return printed_reference(models)
 
 
+def fetched(models: Mapping[str, ModelFacts], cache: Path) -> Reference:
+    """Paper B's matrix from its public repository, kept in ``cache``."""
+    found = fetch_scores(cache)
+    source = f"{len(found.models)} base models × {len(found.tasks)} tasks, the matrix of Saito et al. at commit {COMMIT[:12]}, budgets as printed in their Table 1."
+    return Reference(found, models, PRINTED, "saito", source)
+
+
 def printed_reference(models: Mapping[str, ModelFacts]) -> Reference:
     """Paper A's Table 2 with its conventions of budgets."""
     _, rows = read_table(DATA / "takase_table2_scores.csv")
@@ -186,7 +199,7 @@ def printed_reference(models: Mapping[str, ModelFacts]) -> Reference:
     values = np.array([[float(row[t]) / 100 for t in tasks] for _, row in rows])
     source = (
         "Only the nine models × seven scores that Takase & Honda print (Table 2): the 35 × 19 matrix was not found. "
-        "Give it with --scores FILE; with nine models every statement here is weak."
+        "Give it with --scores FILE, or fetch it with --download; with nine models every statement here is weak."
     )
     return Reference(Scores([row["model"] for _, row in rows], tasks, values), models, takase(), "takase", source)
 

@@ -66,7 +66,7 @@ def render(result: Mapping[str, Any]) -> str:
         "efficiency_refused": [e for e in result["efficiency"] if "refused" in e],
         "curves": [row for row in result["equivalence"] if row["curve"]],
         "curves_refused": [row for row in result["equivalence"] if not row["curve"]],
-        "yours": [{**p, "said": _said(p)} for p in result["yours"]],
+        "yours": [{**p, "said": _said(p, {law["key"]: law["axis"] for law in result["laws"]})} for p in result["yours"]],
         "kinds": KINDS,
         "point_kinds": POINT_KINDS,
         "verdicts": VERDICTS,
@@ -151,12 +151,12 @@ def _times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}倍"
 
 
-def _said(point: Mapping[str, Any]) -> list[dict[str, str]]:
+def _said(point: Mapping[str, Any], axes: Mapping[str, str]) -> list[dict[str, str]]:
     """What can be said of the point by each law, in both languages; the same sentence is said once."""
     rows = []
     for q in point["placements"]:
         if q["value"] is not None:
-            ja = f"{q['law']}：{q['value']:.1f}点。この計算量で見込まれるのは{q['predicted']:.1f}点（{q['low']:.1f}〜{q['high']:.1f}）、差は{q['residual']:+.1f}点。"
+            ja = f"{q['law']}：{q['value']:.1f}点。この{AXIS_NAMES[axes[q['key']]][0][:-4]}で見込まれるのは{q['predicted']:.1f}点（{q['low']:.1f}〜{q['high']:.1f}）、差は{q['residual']:+.1f}点。".replace("-", "−")
             if q["extrapolated"]:
                 ja += "公開モデルの範囲の外なので、読み取れることはありません。"
             rows.append({"ja": ja, "en": q["sentence"]})

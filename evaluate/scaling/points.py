@@ -34,6 +34,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "niilcqa": ("exact_match",), "jaqket": ("exact_match",), "jmmlu_part": _RIGHT, "mmlu_prox_ja": _RIGHT,
     "mmlu_prox_en": _RIGHT, "mgsm_en": _RIGHT,
 }  # fmt: skip
+BUDGET_WORDS = {"total": "total budget", "en": "English budget", "ja": "Japanese budget"}
 _KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]")
 _KANJI = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile(r"[A-Za-z]")
@@ -255,7 +256,7 @@ def place(
     residual = value - expected.value
     inside = expected.low <= value <= expected.high
     sentence = (
-        f"{point.name} scores {value:.1f} on {law.name}; at its budget {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] "
+        f"{point.name} scores {value:.1f} on {law.name}; at its {BUDGET_WORDS[law.axis]} {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] "
         f"is expected: {residual:+.1f}, {'inside' if inside else 'outside'} the {expected.level:.0%} prediction interval."
     )
     if expected.extrapolated:
@@ -272,7 +273,7 @@ def _expects(expected: Any) -> str:
 
 
 def _unknown(point: Point, have: Budget) -> str:
-    what = {"total": "budget", "en": "English budget", "ja": "Japanese budget"}[have.language]
+    what = BUDGET_WORDS[have.language]
     if have.tokens == 0:
         return f"{point.name} has seen no token of the law's language: its {what} has no logarithm."
     why = next((line for line in have.explanation if "not known" in line or "not in the table" in line), "")
