@@ -37,6 +37,7 @@ class SweepSettings:
     counts: tuple[int, ...] = field(default=(250, 500, 1000, 2000, 4000), metadata={"help": "sample counts"})
     seeds: tuple[int, ...] = field(default=(0,), metadata={"help": "one fit for each seed at each count"})
     workers: int = field(default=0, metadata={"help": "points at a time; 0: one a core on the CPU, one on a GPU"})
+    test_items: int = field(default=1000, metadata={"help": "test samples scored for the test NLL, in hash order; 0: all"})
     train_items: int = field(default=400, metadata={"help": "training samples scored for the train NLL"})
     fit: FitSettings = field(default_factory=FitSettings)
 
@@ -45,6 +46,10 @@ class SweepSettings:
             raise UserError(f"counts must be distinct whole numbers from 1 up, not {list(self.counts)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must be distinct, not {list(self.seeds)}")
+        if self.test_items < 0 or self.train_items < 1:
+            raise UserError(
+                f"test_items must be at least 0 and train_items at least 1, not {self.test_items} and {self.train_items}"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     Raises:
         UserError: fewer training samples than the smallest count, or a fit that failed for a reason of the user's.
     """
-    train, test = read_encoded(data / "train.jsonl"), read_encoded(data / "test.jsonl")
+    train, test = _samples(data, settings)
     counts = [n for n in sorted(settings.counts) if n <= len(train)]
     if not counts:
         raise UserError(f"there are {len(train)} training samples, the smallest count is {min(settings.counts)}",
@@ -86,7 +91,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     left_out = sorted(set(settings.counts) - set(counts))
     if left_out:
         console.print(f"  [yellow]counts {left_out} left out: there are {len(train)} training samples[/]")
-    key = digest([asdict(settings.fit), settings.train_items, _file_digest(data), fingerprint(base_dir), _code_digest()])
+    key = digest([asdict(settings.fit), settings.test_items, settings.train_items, _file_digest(data), fingerprint(base_dir), _code_digest()])
     # The longest fit first, so that the workers end together.
     wanted = [(n, seed) for n in sorted(counts, reverse=True) for seed in settings.seeds]
     base_folder = out / "points" / "base"
@@ -119,6 +124,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
         "optimum": _optimum_json(optimum),
         "p_best_by_n": {str(n): p for n, p in optimum.p_best_by_n.items()},
         "kept": {"n": best.n, "seed": best.seed},
+        "test_items": len(test),
         "left_out": left_out,
         "settings": {**asdict(settings), "device": device_name()},
     }
@@ -146,6 +152,12 @@ def _is_done(folder: Path, key: str) -> bool:
 
 def _nats(folder: Path) -> np.ndarray:
     return np.load(folder / "nats.npy", allow_pickle=False)
+
+
+def _samples(data: Path, settings: SweepSettings) -> tuple[list[EncodedSample], list[EncodedSample]]:
+    """Training samples in nested order, and the test samples that every point is scored on: one frozen prefix."""
+    test = read_encoded(data / "test.jsonl")
+    return read_encoded(data / "train.jsonl"), test[: settings.test_items or len(test)]
 
 
 def _file_digest(data: Path) -> str:
@@ -236,7 +248,7 @@ def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads)
     began = time.monotonic()
-    train, test = read_encoded(data / "train.jsonl"), read_encoded(data / "test.jsonl")
+    train, test = _samples(data, settings)
     progress_file = _progress_file(out, job)
     fitted = None
     if job is None:
