@@ -66,7 +66,8 @@ def test_the_ids_are_the_rendered_conversation_up_to_the_end_of_the_turn(tokeniz
     end = tokenizer.decode([end_of_turn_id(tokenizer)])
     text = rendered(tokenizer, QUESTION, system)
     whole = text[: text.rindex(end) + len(end)]
-    assert tokenizer.decode(s.ids) == whole
+    # A Unigram tokenizer writes a space at the start of a text, after BOS too.
+    assert tokenizer.decode(s.ids).replace("<s> ", "<s>") == whole
     assert (system or "") in tokenizer.decode(s.prompt_ids)
     assert QUESTION.completion not in tokenizer.decode(s.prompt_ids)
 
