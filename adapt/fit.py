@@ -169,8 +169,8 @@ def fit(
             body, head = model_parts(self.accelerator.unwrap_model(model))
             lengths = inputs["attention_mask"].sum(1).tolist()
             losses, count = 0.0, 0
-            # A batch stays a random draw, but rows of like length go through the model together: on law text,
-            # where the longest row is three times the mean, padding was two thirds of the work.
+            # A batch stays a random draw, but rows of like length go through the model together: on law text, one
+            # thread trained 2,806 tokens/s so and 1,049 with each batch padded to its longest row (five steps).
             for rows in batches_by_length(lengths, TOKENS_PER_PASS[gpu]):
                 width = max(lengths[row] for row in rows)
                 ids, mask, labels = (inputs[k][rows, :width] for k in ("input_ids", "attention_mask", "labels"))

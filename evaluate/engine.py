@@ -28,7 +28,7 @@ from tsugiki.machine import cpu_count
 from tsugiki.samples import EncodedSample
 
 LOGIT_BYTES = 64 << 20  # of float32 logits that one decode call may return: 2,700 rows of a vocabulary of 6,144
-BATCH = 256  # tokens in one decode call: 512 took a quarter more time, in attention over neighbours
+BATCH = 256  # tokens in one decode call: attention in a unified cache grows with the neighbours in a batch
 
 # --- the file, before native code sees it -----------------------------------------------------------------------
 
