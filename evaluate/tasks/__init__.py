@@ -1,0 +1,1 @@
+"""The papers' benchmarks as lm-eval tasks: YAML, and the functions that shape their data."""
