@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from tsugiki.artifacts import atomic_path, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.engine import Engine
 from tsugiki.progress import progress
@@ -38,6 +41,7 @@ CHUNK = 64  # sequences in one file: what a killed run repeats
 RESAMPLES = 1000
 MIN_ENDS = 30  # document ends that a language's mean length needs; fewer: the mean over all languages
 MODEL_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"  # lid.176.ftz
+NO_BOS = "document separator (the model has no BOS)"
 TABLE = Path(__file__).parent / "scaling" / "data" / "takase_table3_langdist.csv"
 
 
@@ -193,8 +197,8 @@ def generate_languages(model: Path, settings: LanguageSettings, out: Path, *, n_
     """Generate this shard's sequences and write what they hold, a file for every 64: ``out/chunks/000012.jsonl``.
 
     Chunks that are there are kept, so that a killed run goes on. A chunk's text depends on model, seed, chunk number,
-    width and machine, not on the shard: copy all machines' ``chunks`` into one folder and run once more without
-    ``--shard`` for the whole.
+    width, engine and machine, not on the shard: copy all machines' ``chunks`` into one folder and run once more
+    without ``--shard`` for the whole. A GGUF file runs in llama.cpp, a Hugging Face folder in vLLM.
 
     Raises:
         UserError: settings out of range, sequences longer than the model's context, a folder of another run.
@@ -204,26 +208,20 @@ def generate_languages(model: Path, settings: LanguageSettings, out: Path, *, n_
                 if getattr(settings, name) < least]
     raise_problems(problems, what="language estimate")
     parse_shard(f"{settings.shard}/{settings.shards}")
-    width = min(settings.width, CHUNK)
-    cells = -(-settings.tokens // 256) * 256
-    with Engine(model, n_ctx=width * cells, n_seq_max=width, n_gpu_layers=-1, n_threads=n_threads,
-                flash_attention=True, separate=True) as engine:
-        if settings.tokens > engine.context:
+    with (_vllm if Path(model).is_dir() else _llama_cpp)(Path(model), settings, n_threads) as sampler:
+        if settings.tokens > sampler.context:
             raise UserError(
-                f"sequences of {settings.tokens} tokens; the model was trained for {engine.context}",
-                where=str(model), hint=f"Ask for --tokens {engine.context} or fewer.",
+                f"sequences of {settings.tokens} tokens; the model was trained for {sampler.context}",
+                where=str(model), hint=f"Ask for --tokens {sampler.context} or fewer.",
             )
-        start, kind = start_token(engine)
         run = {
-            "model": Path(model).name, "sha256": sha256_file(model), "sequences": settings.sequences,
-            "tokens": settings.tokens, "seed": settings.seed, "width": width, "chunk": CHUNK,
-            "start": {"id": start, "kind": kind},
+            "model": Path(model).name, "sha256": sampler.digest, "engine": sampler.name, "sequences": settings.sequences,
+            "tokens": settings.tokens, "seed": settings.seed, "width": min(settings.width, CHUNK), "chunk": CHUNK,
+            "start": {"id": sampler.start, "kind": sampler.kind},
             "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": None, "eos": "ignored"},
             "identifier": {"model": "lid.176.ftz", "sha256": MODEL_SHA256},
         }
         _claim(out, run)
-        pieces = [engine.piece(token) for token in range(engine.vocab_size)]
-        ends = frozenset(i for i in (engine.eos, engine.bos) if i >= 0)
         chunks = [c for c in range(-(-settings.sequences // CHUNK)) if c % settings.shards == settings.shard - 1]
         todo = [c for c in chunks if not _chunk_path(out, c).exists()]
         with progress() as bar:
@@ -232,16 +230,116 @@ def generate_languages(model: Path, settings: LanguageSettings, out: Path, *, n_
             for chunk in todo:
                 began = time.perf_counter()
                 seed = int(np.random.SeedSequence(settings.seed, spawn_key=(chunk,)).generate_state(1, np.uint64)[0])
-                answers = engine.generate(
-                    [[start]] * _size(settings, chunk), max_new_tokens=settings.tokens, stop_ids=(), temperature=1.0,
-                    seed=seed, on_done=lambda _: bar.advance(shown),
-                )
+                sequences = sampler.sample(_size(settings, chunk), seed, lambda _: bar.advance(shown))
                 generated = time.perf_counter()
-                rows = count_languages([a.ids for a in answers], pieces, ends)
+                rows = count_languages(sequences, sampler.pieces, sampler.ends)
                 times = {"generation_s": round(generated - began, 3),
                          "identification_s": round(time.perf_counter() - generated, 3)}
-                example = b"".join(pieces[i] for i in answers[0].ids).decode("utf-8", "replace")[:200]
+                example = b"".join(sampler.pieces[i] for i in sequences[0]).decode("utf-8", "replace")[:200]
                 write_jsonl(_chunk_path(out, chunk), [{**times, "example": example}, *rows])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An open model that writes.
+
+    Attributes:
+        name: ``llama.cpp`` or ``vLLM``.
+        digest: SHA-256 of the file, or the fingerprint of the folder.
+        context: the most tokens of one sequence.
+        start, kind: as :func:`start_token` gives them.
+        pieces: the bytes of each token of the vocabulary; empty for special tokens.
+        ends: ids that end a document.
+        sample: ``(sequences, seed, on_done) -> token ids``, a list each; ``on_done`` gets each finished index.
+    """
+
+    name: str
+    digest: str
+    context: int
+    start: int
+    kind: str
+    pieces: list[bytes]
+    ends: frozenset[int]
+    sample: Callable[[int, int, Callable[[int], None]], list[list[int]]]
+
+
+@contextmanager
+def _llama_cpp(model: Path, settings: LanguageSettings, n_threads: int | None) -> Iterator[Sampler]:
+    width, cells = min(settings.width, CHUNK), -(-settings.tokens // 256) * 256
+    with Engine(model, n_ctx=width * cells, n_seq_max=width, n_gpu_layers=-1, n_threads=n_threads,
+                flash_attention=True, separate=True) as engine:
+        start, kind = start_token(engine)
+
+        def sample(n: int, seed: int, on_done: Callable[[int], None]) -> list[list[int]]:
+            answers = engine.generate([[start]] * n, max_new_tokens=settings.tokens, stop_ids=(), temperature=1.0,
+                                      seed=seed, on_done=on_done)
+            return [a.ids for a in answers]
+
+        yield Sampler(
+            "llama.cpp", sha256_file(model), engine.context, start, kind,
+            [engine.piece(token) for token in range(engine.vocab_size)],
+            frozenset(i for i in (engine.eos, engine.bos) if i >= 0), sample,
+        )
+
+
+@contextmanager
+def _vllm(model: Path, settings: LanguageSettings, n_threads: int | None) -> Iterator[Sampler]:
+    """A Hugging Face folder through vLLM, which batches by itself; its texts are not llama.cpp's with the same seed."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError:
+        raise UserError(
+            "a folder is sampled with vLLM, which is not installed", where=str(model),
+            hint=f"Install vllm, or convert the model: tsugiki quantize convert --base {model} --out model.gguf",
+        ) from None
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise UserError("the tokenizer names neither BOS nor EOS: there is nothing to start from", where=str(model))
+    start, kind = (bos, "BOS") if bos not in (None, eos) else (eos, NO_BOS)
+    llm = None
+
+    def sample(n: int, seed: int, on_done: Callable[[int], None]) -> list[list[int]]:
+        nonlocal llm
+        # opened late: what the settings ask for is refused before a GPU is filled
+        llm = llm or LLM(model=str(model), max_model_len=settings.tokens + 1, max_num_seqs=settings.width,
+                         disable_log_stats=True)
+        params = [SamplingParams(temperature=1.0, top_p=1.0, top_k=0, ignore_eos=True, max_tokens=settings.tokens,
+                                 detokenize=False, seed=(seed + i) % 2**63) for i in range(n)]
+        found = llm.generate([{"prompt_token_ids": [start]}] * n, params, use_tqdm=False)
+        for i in range(n):
+            on_done(i)
+        return [list(one.outputs[0].token_ids) for one in found]
+
+    yield Sampler("vLLM", fingerprint(model), config.max_position_embeddings, start, kind,
+                  token_bytes(tokenizer, config.vocab_size), frozenset({start, eos} - {None}), sample)
+
+
+def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
+    """The bytes of each token of a Hugging Face tokenizer, as llama.cpp gives them; empty for special tokens.
+
+    Byte-level BPE writes bytes 33–126, 161–172 and 174–255 as the characters of that number and the others, in order,
+    as characters from 256 up (GPT-2's table); SentencePiece writes a space as U+2581 and a byte as ``<0x0A>``.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(printable)]
+    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+    added = tokenizer.added_tokens_decoder
+    pieces = []
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))):
+        if i in added:
+            pieces.append(b"" if added[i].special else token.encode())
+        elif byte_level:
+            pieces.append(bytes(table[c] for c in token))
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            pieces.append(bytes([int(token[3:5], 16)]))
+        else:
+            pieces.append(token.replace("\u2581", " ").encode())
+    return pieces + [b""] * (vocab_size - len(pieces))  # rows beyond the tokenizer: padding of the embedding
 
 
 def start_token(engine: Engine) -> tuple[int, str]:
@@ -254,7 +352,7 @@ def start_token(engine: Engine) -> tuple[int, str]:
     if "tokenizer.ggml.bos_token_id" in engine.metadata and 0 <= engine.bos != engine.eos:
         return engine.bos, "BOS"
     if engine.eos >= 0:
-        return engine.eos, "document separator (the model has no BOS)"
+        return engine.eos, NO_BOS
     raise UserError("the file names neither BOS nor EOS: there is nothing to start from", where=str(engine.path))
 
 

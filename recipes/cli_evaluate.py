@@ -19,7 +19,7 @@ stage_command(evaluate_app, "domain", "evaluate", "Score the base and the adapte
 
 @evaluate_app.command("languages")
 def evaluate_languages(
-    model: Annotated[Path, typer.Argument(help="A base model's GGUF file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="A base model's GGUF file, or its Hugging Face folder (with vLLM).", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for chunks, languages.json and languages.csv.", show_default=False)],
     sequences: Annotated[int, typer.Option(help="Sequences of the whole run, all shards together.")] = 100_000,
     tokens: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 1000,

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from tsugiki.evaluate.languages import (
     start_token,
     summarise,
     table3,
+    token_bytes,
     wilson,
 )
 from tsugiki.quantize.convert import convert
@@ -256,3 +259,54 @@ def test_a_reported_distribution_that_is_none_is_refused(content, tmp_path):
         read_distribution(str(file))
     with pytest.raises(UserError, match="Llama 2"):
         read_distribution("Lama 2")
+
+
+# --- vLLM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["tiny-llama", "tiny-qwen", "tiny-llmjp"])
+def test_the_bytes_of_a_hugging_face_tokenizer_are_those_that_llama_cpp_reads(base, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = BASE.parent / base
+    convert(folder, tmp_path / "tiny.gguf")
+    with Engine(tmp_path / "tiny.gguf", n_ctx=256) as engine:
+        expected = [engine.piece(i) for i in range(engine.vocab_size)]
+    assert token_bytes(AutoTokenizer.from_pretrained(folder), len(expected)) == expected
+
+
+def test_a_folder_without_vllm_is_answered_with_the_command_that_converts_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="vLLM, which is not installed") as error:
+        generate_languages(BASE, LanguageSettings(sequences=2, tokens=8), tmp_path)
+    assert "tsugiki quantize convert --base" in error.value.hint
+
+
+def test_a_folder_goes_to_vllm_with_the_settings_of_the_paper(tmp_path, monkeypatch):
+    """vLLM needs a GPU; what stands in for it here draws from the same model with transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    asked = []
+
+    class LLM:
+        def __init__(self, model, max_model_len, max_num_seqs, disable_log_stats):
+            assert model == str(BASE) and max_model_len == 9
+
+        def generate(self, prompts, params, use_tqdm):
+            asked.extend(params)
+            outputs = []
+            for prompt, p in zip(prompts, params, strict=True):
+                torch.manual_seed(p["seed"] % 2**32)
+                ids = model.generate(torch.tensor([prompt["prompt_token_ids"]]), do_sample=True, top_k=0, eos_token_id=None,
+                                     max_new_tokens=p["max_tokens"], min_new_tokens=p["max_tokens"])
+                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids[0, 1:].tolist())]))
+            return outputs
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    generate_languages(BASE, LanguageSettings(sequences=5, tokens=8), tmp_path)
+    found = summarise(tmp_path, resamples=20)
+    assert found["engine"] == "vLLM" and found["done"] == 5 and found["start"]["kind"] == "BOS"
+    assert len({p.pop("seed") for p in asked}) == 5
+    assert asked == [{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "ignore_eos": True, "max_tokens": 8, "detokenize": False}] * 5
