@@ -218,6 +218,8 @@ class Engine:
         flash_attention: let llama.cpp choose its fused attention, as its own programs do. On a CPU it sums in
             half precision, in one way for few tokens and in another for many, so that a sample's likelihood
             depends on its batch (seen: 5e-3 nats, against 8e-4 without): off for scores, on for speed.
+        type_k, type_v: ggml's type numbers of the cached keys and values (``None``: F16); quantized values need
+            ``flash_attention``.
 
     Attributes:
         vocab_size: ``V``, the rows of the logits.
@@ -240,6 +242,8 @@ class Engine:
         n_gpu_layers: int = 0,
         flash_attention: bool = False,
         separate: bool = False,
+        type_k: int | None = None,
+        type_v: int | None = None,
     ):
         self._model = self._context = self._batch = None
         self.path = Path(path)
@@ -265,6 +269,10 @@ class Engine:
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash_attention else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.no_perf = True
+        if type_k is not None:
+            params.type_k = type_k
+        if type_v is not None:
+            params.type_v = type_v
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
