@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tsugiki.intervals import resampled_ratios
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -34,36 +36,6 @@ class Optimum:
     ci_by_n: dict[int, tuple[float, float]]
 
 
-def bootstrap_weights(documents: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resampling of documents with replacement.
-
-    Returns:
-        ``(weights, group)``: how often each of the D documents is drawn ``(resamples, D)`` float64, and the document
-        of each sample ``(N,)`` int64.
-    """
-    names, group = np.unique(np.asarray(documents), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    return draws.astype(np.float64), group
-
-
-def resampled_nll(nats: np.ndarray, tokens: np.ndarray, weights: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Token-weighted NLL of every resample.
-
-    Args:
-        nats: ``(P, N)`` float64, summed nats of each sample under each of P models.
-        tokens: ``(N,)`` tokens of each sample.
-        weights: ``(R, D)`` from :func:`bootstrap_weights`.
-        group: ``(N,)`` likewise.
-
-    Returns:
-        ``(R, P)`` float64, nats/token.
-    """
-    documents = weights.shape[1]
-    nats_by_document = np.stack([np.bincount(group, weights=row, minlength=documents) for row in nats])
-    tokens_by_document = np.bincount(group, weights=tokens, minlength=documents)
-    return (weights @ nats_by_document.T) / (weights @ tokens_by_document)[:, None]
-
-
 def find_optimum(
     nats: dict[int, np.ndarray],
     tokens: np.ndarray,
@@ -85,7 +57,7 @@ def find_optimum(
     counts = sorted(nats)
     matrix = np.stack([nats[n] for n in counts])
     nll = matrix.sum(axis=1) / tokens.sum()
-    resampled = resampled_nll(matrix, tokens, *bootstrap_weights(documents, resamples, seed))
+    resampled = resampled_ratios(matrix, tokens, documents, resamples=resamples, seed=seed)  # nats/token
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     best = int(nll.argmin())
     difference = resampled - resampled[:, [best]]

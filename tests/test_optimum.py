@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsugiki.adapt.optimum import bootstrap_weights, find_optimum, resampled_nll
+from tsugiki.adapt.optimum import find_optimum
+from tsugiki.intervals import resampled_ratios
 
 
 def curve(levels, *, samples=400, spread=0.3, own=0.0, seed=0, per_document=1):
@@ -43,7 +44,7 @@ def test_the_spread_is_that_of_the_ratio_estimator():
     residuals = np.bincount(documents, nats) - ratio * np.bincount(documents, tokens)
     expected = math.sqrt(300 * residuals.var(ddof=1)) / tokens.sum()
     names = [f"d{d}" for d in documents]
-    draws = resampled_nll(nats[None], tokens, *bootstrap_weights(names, 4000, 0))[:, 0]
+    draws = resampled_ratios(nats[None], tokens, names, resamples=4000, seed=0)[:, 0]
     assert draws.std(ddof=1) == pytest.approx(expected, rel=0.1)
     assert draws.mean() == pytest.approx(ratio, abs=expected / 5)
     low, high = find_optimum({1: nats}, tokens, names).nll_ci
@@ -61,20 +62,6 @@ def test_repeating_samples_within_their_documents_adds_no_certainty():
     )
     width = once.nll_ci[1] - once.nll_ci[0]
     assert as_new.nll_ci[1] - as_new.nll_ci[0] == pytest.approx(width / math.sqrt(5), rel=0.1)
-
-
-def test_resampling_weights_by_hand():
-    """Two documents, the second drawn twice: only its two samples count."""
-    nats, tokens = np.array([[1.0, 2.0, 4.0]]), np.array([1, 2, 2])
-    found = resampled_nll(nats, tokens, np.array([[0.0, 2.0], [1.0, 1.0]]), np.array([0, 1, 1]))
-    assert found[:, 0].tolist() == [6 / 4, 7 / 5]
-
-
-def test_every_resample_draws_as_many_documents_as_there_are():
-    weights, group = bootstrap_weights(["b", "a", "b", "c"], 50, 0)
-    assert weights.shape == (50, 3)
-    assert set(weights.sum(axis=1)) == {3.0}
-    assert group.tolist() == [1, 0, 1, 2]
 
 
 def test_overfitting_is_named_at_the_first_count_that_is_surely_worse():
