@@ -1,0 +1,662 @@
+"""Benchmark data: from a folder of the user's, else from the Hugging Face hub; never remote code, never a copy.
+
+The folder holds ``benchmarks/<folder>/…``, the files as their publishers give them (:data:`SETS` says which). A set that
+is not there says where it comes from, under which licence and where to put it. Rows have the same columns from either
+source. Sets under a no-derivatives licence are read where they lie: nothing here writes, reshapes or caches them. The
+publishers' commits stand in ``url``; no hub revision is pinned (``revision`` is None: the newest is loaded), because
+none was checked against these numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tsugiki.errors import UserError, raise_problems
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where one benchmark lives and what it must hold.
+
+    Args:
+        name: how :func:`load_set` calls it.
+        title: for people.
+        licence: of the data, in words.
+        url: where the files come from, with the commit where one is pinned.
+        files: split -> files relative to ``<data-dir>/benchmarks/<folder>/``; ``*`` matches, ``{config}`` is one of
+            ``configs``. The splits in ``optional`` may be absent.
+        columns: every row has these.
+        counts: split -> rows, where known.
+        hub_id, config, revision: on the hub; None where there is no such set, configuration or pinned revision.
+        redistributable: False where the licence forbids passing on changed or reshaped copies.
+        folder: the folder's name where it is not ``name``.
+        configs: sub-sets (languages, subjects), and ``column`` the row's column that names them.
+        hub_splits: split here -> split on the hub, where the names differ.
+        read: ``(path) -> rows`` of one file.
+        reshape: a hub row -> a row with this set's columns, where they differ.
+        note: what else to know.
+    """
+
+    name: str
+    title: str
+    licence: str
+    url: str
+    files: Mapping[str, tuple[str, ...]]
+    columns: tuple[str, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    hub_id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    redistributable: bool = True
+    folder: str = ""
+    configs: tuple[str, ...] = ()
+    column: str = ""
+    optional: tuple[str, ...] = ()
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[Path], list[Row]] | None = None
+    reshape: Callable[[Row], Row] | None = None
+    note: str = ""
+
+
+# --- readers of the publishers' files --------------------------------------------------------------------------------
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """JSON Lines, plain or gzipped."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    with opener(path, "rt", encoding="utf-8-sig") as file:
+        for i, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"not JSON: {error}", where=f"{path}:{i}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"an object was expected, {type(row).__name__} found", where=f"{path}:{i}")
+            rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=str(path)) from error
+
+
+def _rows_of(value: object, path: Path, key: str | None = None) -> list[Row]:
+    """The list of objects that ``value`` is, or holds under ``key``."""
+    found = value.get(key) if key and isinstance(value, dict) else value
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UserError("a list of objects was expected" + (f" under {key!r}" if key else ""), where=str(path))
+    return found
+
+
+def _read_mgsm_tsv(path: Path) -> list[Row]:
+    """``question TAB answer`` without a header; thousands separators leave the answer."""
+    language = path.stem.removeprefix("mgsm_")
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        question, tab, answer = line.rstrip("\r").partition("\t")
+        number = answer.strip().replace(",", "")
+        if not tab or not re.fullmatch(r"-?\d+", number):
+            raise UserError("question, a tab and a whole number were expected", where=f"{path}:{i}")
+        rows.append({"language": language, "question": question, "answer": None, "answer_number": int(number)})
+    return rows
+
+
+def _read_mgsm_exemplars(path: Path) -> list[Row]:
+    """The eight worked examples of each language, in their order; the prefixes stay in ``question`` and ``answer``."""
+    rows = []
+    exemplars = _read_json(path)
+    for language, shots in exemplars.items() if isinstance(exemplars, dict) else ():
+        for key in sorted(shots, key=int):
+            row = {"language": language, "question": shots[key]["q"], "answer": shots[key]["a"], "answer_number": None}
+            rows.append(row)
+    return rows
+
+
+def _read_mgsm(path: Path) -> list[Row]:
+    return _read_mgsm_exemplars(path) if path.suffix == ".json" else _read_mgsm_tsv(path)
+
+
+JMMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
+
+
+def jmmlu_rows(text: str, subject: str, where: str) -> list[Row]:
+    """Rows of one JMMLU file: ``question, A, B, C, D, answer``, with or without a header row.
+
+    Cells hold line breaks (CR alone too) and quotes; the byte-order mark is the caller's to drop.
+    """
+    rows = []
+    for i, cells in enumerate(csv.reader(io.StringIO(text, newline=""))):
+        if not cells or (i == 0 and cells[-1].strip().lower() == "answer"):
+            continue
+        if len(cells) != 6 or cells[5].strip() not in ("A", "B", "C", "D"):
+            raise UserError(f"six cells ending in A–D were expected, found {len(cells)}", where=f"{where} (row {i + 1})")
+        rows.append({"subject": subject, **dict(zip(JMMLU_COLUMNS, [*cells[:5], cells[5].strip()], strict=True))})
+    return rows
+
+
+def _read_jmmlu(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return jmmlu_rows(file.read(), path.stem, str(path))
+
+
+def _read_niilc(path: Path) -> list[Row]:
+    """Questions of the XML; ``D_3`` is the list of uniqueness labels, as in ``sbintuitions/niilc-qa``."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f"not XML: {error}", where=str(path)) from error
+    return [
+        {
+            "id": question.get("id"),
+            "text": question.findtext("text") or "",
+            "answers": [answer.text for answer in question.findall("answers/answer") if answer.text is not None],
+            "D_3": [label for label in (question.findtext("meta/D.3") or "").split(";") if label],
+        }
+        for question in root.findall("question")
+    ]
+
+
+def _read_jsquad(path: Path) -> list[Row]:
+    """SQuAD 1.1 JSON, one row a question, in the hub's columns."""
+    rows = []
+    for article in _rows_of(_read_json(path), path, "data"):
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = {
+                    "text": [a["text"] for a in qa["answers"]],
+                    "answer_start": [a["answer_start"] for a in qa["answers"]],
+                }
+                rows.append({"id": qa["id"], "title": article["title"], "context": paragraph["context"],
+                             "question": qa["question"], "answers": answers})  # fmt: skip
+    return rows
+
+
+def _read_jemhopqa(path: Path) -> list[Row]:
+    return _rows_of(_read_json(path), path)
+
+
+def _read_bbh(path: Path) -> list[Row]:
+    if path.suffix == ".txt":  # the first two lines are a canary and a rule, not part of the prompt
+        return [{"subtask": path.stem, "input": "", "target": path.read_text(encoding="utf-8").split("\n", 2)[2]}]
+    return [{"subtask": path.stem, **row} for row in _rows_of(_read_json(path), path, "examples")]
+
+
+def _read_xwinograd(path: Path) -> list[Row]:
+    """The TSV in the hub's columns: the sentence with ``_`` for the pronoun, two options, ``"1"`` or ``"2"``."""
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        cells = line.split("\t")
+        if len(cells) != 7:
+            raise UserError(f"seven cells were expected, found {len(cells)}", where=f"{path}:{i}")
+        text, tokens, pronoun, candidates = cells[3], *map(json.loads, cells[4:])
+        first, last = pronoun[1]
+        at = 0
+        for token in tokens[:first]:  # some tokens were normalised and are not in the text: those are stepped over
+            found = text.find(token, at)
+            at = found + len(token) if found >= 0 else at
+        start = text.find(tokens[first], at)
+        end = start + len(tokens[first])
+        for token in tokens[first + 1 : last]:
+            end = text.find(token, end) + len(token)
+        if start < 0 or len(candidates) != 2:
+            raise UserError(f"the pronoun {pronoun[0]!r} is not in the sentence", where=f"{path}:{i}")
+        rows.append({"language": cells[0], "sentence": text[:start] + "_" + text[end:], "option1": candidates[0][0],
+                     "option2": candidates[1][0], "answer": "1" if candidates[0][-1] else "2"})  # fmt: skip
+    return rows
+
+
+def _read_lawqa(path: Path) -> list[Row]:
+    return _rows_of(_read_json(path), path, "samples")
+
+
+def _read_wmt20(path: Path) -> list[Row]:
+    """A sacrebleu source file with its reference beside it (``….src``, ``….ref``)."""
+    pair = path.name.split(".")[1]
+    beside = path.with_suffix(".ref")
+    if not beside.is_file():
+        raise UserError("the reference file is missing", where=str(beside))
+    sources, references = (p.read_text(encoding="utf-8").rstrip("\n").split("\n") for p in (path, beside))
+    if len(sources) != len(references):
+        raise UserError(f"{len(sources)} source lines, {len(references)} reference lines", where=str(path))
+    return [{"pair": pair, "source": s, "reference": r} for s, r in zip(sources, references, strict=True)]
+
+
+# --- the sets --------------------------------------------------------------------------------------------------------
+
+MGSM_LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
+JMMLU_NC_ND = ("japanese_civics", "japanese_geography", "japanese_idiom")
+# The 53 subjects that may be passed on, in the fixed order of llm-jp-eval 1.3.0 (its seeded shuffle depends on it).
+_JMMLU_53 = """econometrics human_aging high_school_psychology professional_medicine electrical_engineering college_mathematics
+    medical_genetics formal_logic nutrition prehistory world_religions japanese_history high_school_geography
+    international_law logical_fallacies human_sexuality philosophy college_medicine professional_accounting
+    high_school_mathematics global_facts business_ethics high_school_chemistry college_physics high_school_statistics
+    moral_disputes high_school_biology miscellaneous high_school_macroeconomics high_school_computer_science
+    abstract_algebra elementary_mathematics jurisprudence security_studies high_school_physics college_computer_science
+    public_relations management computer_security college_chemistry anatomy high_school_european_history
+    machine_learning virology high_school_microeconomics astronomy world_history college_biology clinical_knowledge
+    conceptual_physics professional_psychology sociology marketing"""
+JMMLU_SUBJECTS = tuple(_JMMLU_53.split())
+_BBH_27 = """boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
+    geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects
+    logical_deduction_three_objects movie_recommendation multistep_arithmetic_two navigate object_counting
+    penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
+    sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
+    tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting"""
+BBH_SUBTASKS = tuple(_BBH_27.split())
+MMLU_PROX_OPTIONS = tuple(f"option_{i}" for i in range(10))
+
+_GITHUB = "https://github.com/"
+_HUB = "https://huggingface.co/datasets/"
+_JMMLU = _GITHUB + "nlp-waseda/JMMLU at 762cbf192c9e"
+_MT_BENCH = {
+    "ja": "mt_bench_ja/question/question_full-v3.jsonl",
+    "ja_v4": "mt_bench_ja/question/question_full-v4.jsonl",
+    "ja_reference": "mt_bench_ja/reference_answer/gpt-4-v1.jsonl",
+    "ja_reference_checked": "mt_bench_ja/reference_answer/base-gpt4o-with-human-annotation-v0.jsonl",
+    "en": "mt_bench_en/question/question-v0.jsonl",
+    "en_reference": "mt_bench_en/reference_answer/gpt-4-v0.jsonl",
+}  # fmt: skip
+
+_ALL = [
+    DataSet(
+        "mgsm", "MGSM", "CC BY 4.0", _GITHUB + "google-research/url-nlp at 452a21ad3dae (mgsm/)",
+        {"train": ("exemplars.json",), "test": ("mgsm_{config}.tsv",)},
+        ("language", "question", "answer", "answer_number"), {"train": 88, "test": 2750},
+        hub_id="juletxara/mgsm", configs=MGSM_LANGUAGES, column="language", read=_read_mgsm,
+        note="exemplars.json is the publisher's exemplars.py written as JSON: {language: {\"1\"–\"8\": {q, a}}}.",
+    ),
+    DataSet(
+        "mgsm_ja_fixed", "MGSM, Japanese, corrected", "CC BY-SA 4.0", _HUB + "sbintuitions/MGSM_ja",
+        {"test": ("test.jsonl",)}, ("question", "answer_number"), {"test": 250},
+        hub_id="sbintuitions/MGSM_ja", config="fixed",
+    ),
+    DataSet(
+        "jmmlu", "JMMLU, 53 subjects", "CC BY-SA 4.0; japanese_history and world_history © Step Co., commercial use only "
+        "for research and evaluation of language models", _JMMLU,
+        {"test": ("JMMLU/{config}.csv",)}, ("subject", *JMMLU_COLUMNS), {"test": 7097},
+        hub_id="nlp-waseda/JMMLU", configs=JMMLU_SUBJECTS, column="subject", read=_read_jmmlu,
+        note="On the hub it is JMMLU.zip, read in place.",
+    ),
+    DataSet(
+        "jmmlu_nc_nd", "JMMLU, three subjects under a no-derivatives licence", "CC BY-NC-ND 4.0, © VIST; commercial use "
+        "only for research and evaluation of language models; verbatim copies only", _JMMLU,
+        {"test": ("JMMLU_NC_ND/{config}.csv",)}, ("subject", *JMMLU_COLUMNS), {"test": 439},
+        hub_id="nlp-waseda/JMMLU", redistributable=False, folder="jmmlu", configs=JMMLU_NC_ND, column="subject",
+        read=_read_jmmlu, note="On the hub it is JMMLU.zip, read in place.",
+    ),
+    DataSet(
+        "niilc", "NIILC-QA", "CC BY-SA 4.0", _GITHUB + "mynlp/niilc-qa at b6d47968b2e3 (data/)",
+        {"dev": ("NIILC-ECQA2015_dev.xml",), "test": ("NIILC-ECQA2015_test.xml",)},
+        ("id", "text", "answers", "D_3"), {"dev": 800, "test": 200},
+        hub_id="sbintuitions/niilc-qa", config="v1.2", read=_read_niilc,
+        note="The hub's v1.2 holds edited answers: a score may differ by an item or two.",
+    ),
+    DataSet(
+        "jaqket", "AI王 (JAQKET), answers extended", "see the hub page", _HUB + "sbintuitions/aio-extended-answers",
+        {"validation": ("validation.jsonl",)}, ("question", "answers"), {},
+        hub_id="sbintuitions/aio-extended-answers", note="About 1,000 questions; the number is not confirmed.",
+    ),
+    DataSet(
+        "mmlu_prox", "MMLU-ProX", "see the hub page", _HUB + "li-lab/MMLU-ProX",
+        {"validation": ("{config}/validation.jsonl",), "test": ("{config}/test.jsonl",)},
+        ("language", "question", *MMLU_PROX_OPTIONS, "answer", "cot_content", "category"), {},
+        hub_id="li-lab/MMLU-ProX", configs=("ja", "en"), column="language",
+    ),
+    DataSet(
+        "lawqa_jp", "日本の法令に関する多肢選択式QA", "Public Data License 1.0 (attribution)",
+        _GITHUB + "digital-go-jp/lawqa_jp at 6165cc9748a1 (data/)",
+        {"test": ("selection.json",), "randomized": ("selection_randomized.json",)},
+        ("ファイル名", "コンテキスト", "問題文", "指示", "選択肢", "output"), {"test": 140, "randomized": 560},
+        read=_read_lawqa,
+    ),
+    DataSet(
+        "jcommonsenseqa", "JCommonsenseQA (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
+        {s: (f"jcommonsenseqa-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
+        ("q_id", "question", *(f"choice{i}" for i in range(5)), "label"), {"train": 8939, "valid": 1119, "test": 1118},
+        hub_id="Rakuten/JGLUE", config="JCommonsenseQA", folder="jglue", read=_read_lines, optional=("test",),
+        hub_splits={"valid": "validation"}, note="train and valid are the same in 1.1 and 1.3.",
+    ),
+    DataSet(
+        "jsquad", "JSQuAD (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
+        {s: (f"jsquad-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
+        ("id", "title", "context", "question", "answers"), {"valid": 4442, "test": 4420},
+        hub_id="Rakuten/JGLUE", config="JSQuAD", folder="jglue", read=_read_jsquad, optional=("train", "test"),
+        hub_splits={"valid": "validation"}, note="valid is the same in 1.1 and 1.3; the shots come from train.",
+    ),
+    DataSet(
+        "jemhopqa", "JEMHopQA 1.0", "CC BY-SA 4.0", _GITHUB + "aiishii/JEMHopQA at fed5024f4f39",
+        {"train": ("corpus/train.json",), "dev": ("corpus/dev.json",)}, ("qid", "type", "question", "answer"),
+        {"train": 1059, "dev": 120}, read=_read_jemhopqa,
+        note="llm-jp-eval 1.3.0 uses 1.0; 1.1 and 1.2 change two and three answers of dev.",
+    ),
+    DataSet(
+        "gsm8k", "GSM8K", "MIT", _GITHUB + "openai/grade-school-math at 3101c7d50724",
+        {"train": ("train.jsonl",), "test": ("test.jsonl",)}, ("question", "answer"), {"train": 7473, "test": 1319},
+        hub_id="openai/gsm8k", config="main",
+    ),
+    DataSet(
+        "humaneval", "HumanEval", "MIT", _GITHUB + "openai/human-eval at 6d43fb980f9f", {"test": ("HumanEval.jsonl.gz",)},
+        ("task_id", "prompt", "entry_point", "canonical_solution", "test"), {"test": 164},
+        hub_id="openai/openai_humaneval",
+    ),
+    DataSet(
+        "jhumaneval", "JHumanEval", "MIT", _GITHUB + "KuramitsuLab/jhuman-eval at def32e75b363",
+        {"test": ("jhuman-eval.jsonl.gz",)}, ("task_id", "prompt", "entry_point", "canonical_solution", "test"),
+        {"test": 164}, hub_id="kogi-jwu/jhumaneval",
+    ),
+    DataSet(
+        "bbh", "BIG-Bench Hard", "MIT", _GITHUB + "suzgunmirac/BIG-Bench-Hard at 9ee07bd481fe",
+        {"test": ("bbh/{config}.json",), "cot_prompts": ("cot-prompts/{config}.txt",)}, ("subtask", "input", "target"),
+        {"test": 6511, "cot_prompts": 27}, hub_id="SaylorTwift/bbh", configs=BBH_SUBTASKS, column="subtask",
+        optional=("cot_prompts",), read=_read_bbh,
+        note="cot_prompts: the worked examples of a subtask are its one row's target, without the canary.",
+    ),
+    DataSet(
+        "xwinograd", "XWINO", "Apache-2.0; the sentences are from WSC and others: see the README",
+        _GITHUB + "yandex-research/crosslingual_winograd at d2cfbbf7dc8f", {"test": ("dataset.tsv",)},
+        ("language", "sentence", "option1", "option2", "answer"), {"test": 3961}, hub_id="Muennighoff/xwinograd",
+        configs=("en", "jp", "fr", "pt", "ru", "zh"), column="language", read=_read_xwinograd,
+    ),
+    *[
+        DataSet(
+            f"mt_bench_{split}", f"MT-Bench ({split.replace('_', ', ')})", "Apache-2.0",
+            _GITHUB + "llm-jp/llm-jp-judge at 4392b3b00ddd", {"test": (path,)},
+            ("question_id", "choices") if "reference" in split else ("question_id", "category", "turns"),
+            {"test": 30 if split == "en_reference" else 80}, folder="mt_bench_ja",
+        )
+        for split, path in _MT_BENCH.items()
+    ],
+    DataSet(
+        "xlsum_ja", "XL-Sum, Japanese", "CC BY-NC-SA 4.0, by the publisher's page", _HUB + "mkshing/xlsum_ja",
+        {"train": ("train.jsonl",), "test": ("test.jsonl",)}, ("text", "summary"), {}, hub_id="mkshing/xlsum_ja",
+    ),
+    DataSet(
+        "wmt20", "WMT20 news, en-ja and ja-en", "for research, by the WMT20 page",
+        "https://www.statmt.org/wmt20/ (sacrebleu -t wmt20 -l en-ja and ja-en)", {"test": ("wmt20.{config}.src",)},
+        ("pair", "source", "reference"), {"test": 1993}, configs=("en-ja", "ja-en"), column="pair", read=_read_wmt20,
+        note="sacrebleu keeps both files of a pair in ~/.sacrebleu/wmt20; copy the .src and .ref files here.",
+    ),
+    DataSet(
+        "mmlu", "MMLU", "MIT", _HUB + "cais/mmlu", {"dev": ("dev.jsonl",), "test": ("test.jsonl",)},
+        ("question", "subject", "choices", "answer"), {}, hub_id="cais/mmlu", config="all",
+    ),
+    DataSet(
+        "triviaqa", "TriviaQA, closed book", "see the hub page", _HUB + "mandarjoshi/trivia_qa",
+        {"train": ("train.jsonl",), "validation": ("validation.jsonl",)}, ("question", "answer"), {},
+        hub_id="mandarjoshi/trivia_qa", config="rc.nocontext",
+    ),
+    DataSet(
+        "openbookqa", "OpenBookQA", "see the hub page", _HUB + "allenai/openbookqa",
+        {"train": ("train.jsonl",), "test": ("test.jsonl",)}, ("question_stem", "choices", "answerKey"), {},
+        hub_id="allenai/openbookqa", config="main",
+    ),
+    DataSet(
+        "hellaswag", "HellaSwag", "MIT", _HUB + "Rowan/hellaswag",
+        {"train": ("train.jsonl",), "validation": ("validation.jsonl",)},
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"), {}, hub_id="Rowan/hellaswag",
+    ),
+    DataSet(
+        "squad2", "SQuAD 2.0", "CC BY-SA 4.0", _HUB + "rajpurkar/squad_v2",
+        {"train": ("train.jsonl",), "validation": ("validation.jsonl",)},
+        ("id", "title", "context", "question", "answers"), {}, hub_id="rajpurkar/squad_v2",
+    ),
+]  # fmt: skip
+SETS: dict[str, DataSet] = {s.name: s for s in _ALL}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def data_folder(data_dir: Path | str | None = None) -> tuple[Path | None, bool]:
+    """The data folder, and whether it was named (by argument or ``$TSUGIKI_DATA``) or is the default ``../shared/data``.
+
+    Raises:
+        UserError: a folder was named and is not there.
+    """
+    named = data_dir or os.environ.get("TSUGIKI_DATA")
+    if named:
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise UserError("there is no such folder", where=f"{'--data-dir' if data_dir else 'TSUGIKI_DATA'} {folder}")
+        return folder, True
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root.parent / "shared" / "data").is_dir():
+            return root.parent / "shared" / "data", False
+    return None, False
+
+
+def load_set(
+    name: str,
+    data_dir: Path | str | None = None,
+    *,
+    config: str | None = None,
+    splits: Iterable[str] | None = None,
+) -> dict[str, list[Row]]:
+    """Rows by split, in the publisher's order.
+
+    From ``data_dir``, else ``$TSUGIKI_DATA``, else ``../shared/data``; where no folder is named and the set is not in
+    the default one, from the hub through ``datasets`` (parquet or JSON only: no remote code). A named folder means
+    offline: nothing is fetched.
+
+    Args:
+        name: one of :data:`SETS`.
+        config: one of the set's ``configs`` (a language, a subject); all of them when None.
+        splits: only these; else all that are there.
+
+    Raises:
+        UserError: unknown set, configuration or split; the set is not there (says where it comes from, under which
+            licence and where to put it); a file is malformed, short or lacks a column.
+    """
+    found = _set(name)
+    configs = _configs(found, config)
+    wanted = tuple(splits) if splits is not None else tuple(found.files)
+    unknown = [s for s in wanted if s not in found.files]
+    raise_problems([f"{s!r}" for s in unknown], what=f"{name} has no such split", hint=f"It has {', '.join(found.files)}.")
+    required = [s for s in wanted if splits is not None or s not in found.optional]
+    folder, named = data_folder(data_dir)
+    paths = _paths(found, folder, wanted, configs) if folder else {}
+    missing = [s for s in required if not paths.get(s)]
+    if not missing:
+        rows = {split: _read(found, files) for split, files in paths.items() if files}
+        rows = {split: _only(found, r, config) for split, r in rows.items()}
+    elif named or not _on_hub(found):
+        raise _absent(found, missing, folder, named)
+    else:
+        rows = _from_hub(found, [s for s in wanted if s in required], configs)
+    for split, r in rows.items():
+        if not r:
+            raise UserError("no rows", where=f"{name}/{split}", hint=_how_to_get(found, folder))
+    return rows
+
+
+def check_sets(data_dir: Path | str | None = None) -> list[dict]:
+    """What of :data:`SETS` is in the data folder; reads the files, never the hub.
+
+    Returns:
+        One dictionary a set: name, title, found, n and expected (split -> rows), licence, redistributable, url, hub_id,
+        config, revision, problem (empty when all is well).
+    """
+    folder, _ = data_folder(data_dir)
+    report = []
+    for s in SETS.values():
+        n, problem = {}, ""
+        paths = _paths(s, folder, tuple(s.files), s.configs) if folder else {}
+        try:
+            n = {split: len(_read(s, files)) for split, files in paths.items() if files}
+        except UserError as error:
+            problem = str(error).split("\n")[0]
+        short = [split for split in s.files if split not in s.optional and not paths.get(split)]
+        found = not short
+        if not problem and any(paths.values()) and short:
+            problem = f"no {', '.join(short)}"
+        if not problem and found:
+            wrong = [f"{split}: {n[split]:,} rows, {want:,} expected" for split, want in s.counts.items() if n.get(split, want) != want]
+            problem = "; ".join(wrong)
+        report.append({"name": s.name, "title": s.title, "found": found, "n": n, "expected": dict(s.counts),
+                       "licence": s.licence, "redistributable": s.redistributable, "url": s.url, "hub_id": s.hub_id,
+                       "config": s.config, "revision": s.revision, "problem": problem})  # fmt: skip
+    return report
+
+
+def _set(name: str) -> DataSet:
+    if name not in SETS:
+        raise UserError(f"no benchmark data is named {name!r}", hint=f"Known: {', '.join(SETS)}.")
+    return SETS[name]
+
+
+def _configs(s: DataSet, config: str | None) -> tuple[str, ...]:
+    if config is None:
+        return s.configs
+    if config not in s.configs:
+        raise UserError(f"{s.name} has no {s.column or 'configuration'} {config!r}", hint=f"Known: {', '.join(s.configs) or 'none'}.")
+    return (config,)
+
+
+def _paths(s: DataSet, folder: Path, splits: Iterable[str], configs: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Split -> its files; none when one of them is missing."""
+    root = folder / "benchmarks" / (s.folder or s.name)
+    found = {}
+    for split in splits:
+        names = [n.replace("{config}", c) for n in s.files[split] for c in (configs if "{config}" in n else ("",))]
+        paths = [root / n for n in names]
+        found[split] = paths if all(p.is_file() for p in paths) else []
+    return found
+
+
+def _read(s: DataSet, files: list[Path]) -> list[Row]:
+    rows = []
+    for path in files:
+        try:
+            read = (s.read or _read_lines)(path)
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"not in this set's format: {type(error).__name__}: {error}", where=str(path)) from error
+        if s.column and s.read is None:  # hub rows written as JSON Lines, one folder a configuration
+            read = [{**row, s.column: row.get(s.column, path.parent.name)} for row in read]
+        _check_columns(s, read, str(path))
+        rows += read
+    return rows
+
+
+def _check_columns(s: DataSet, rows: list[Row], where: str) -> None:
+    problems = [f"{where} (row {i + 1}): no column {c!r}" for i, row in enumerate(rows) for c in s.columns if c not in row]
+    raise_problems(problems, what=f"{s.title}: missing columns", hint=f"Expected: {', '.join(s.columns)}.")
+
+
+def _only(s: DataSet, rows: list[Row], config: str | None) -> list[Row]:
+    return rows if config is None else [row for row in rows if row[s.column] == config]
+
+
+def _on_hub(s: DataSet) -> bool:
+    return s.hub_id is not None or s.name == "wmt20"
+
+
+def _from_hub(s: DataSet, splits: list[str], configs: tuple[str, ...]) -> dict[str, list[Row]]:
+    if s.name in ("jmmlu", "jmmlu_nc_nd"):
+        return {"test": _jmmlu_from_hub(s, configs)}
+    if s.name == "wmt20":
+        return {"test": _wmt20_from_sacrebleu(s, configs)}
+    rows: dict[str, list[Row]] = {split: [] for split in splits}
+    for config in configs or (None,):
+        for split in splits:
+            for row in _hub_rows(s, config or s.config, s.hub_splits.get(split, split)):
+                row = s.reshape(row) if s.reshape else row
+                rows[split].append({s.column: config, **row} if s.column else row)
+    for split, r in rows.items():
+        _check_columns(s, r, f"{s.hub_id} ({split})")
+    return rows
+
+
+def _hub_rows(s: DataSet, config: str | None, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(s.hub_id, config, revision=s.revision, split=split))
+    except Exception as error:  # the library raises a dozen kinds: network, gate, script, configuration
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{s.title} could not be loaded from the hub: {type(error).__name__}: {reason}",
+            where=f"{s.hub_id} ({config or 'default'}, {split})",
+            hint=_how_to_get(s, None),
+        ) from error
+
+
+def _jmmlu_from_hub(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        archive = hf_hub_download(s.hub_id, "JMMLU.zip", repo_type="dataset", revision=s.revision)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"JMMLU.zip could not be loaded from the hub: {reason}", where=s.hub_id, hint=_how_to_get(s, None)
+        ) from error
+    return jmmlu_zip_rows(Path(archive), configs)
+
+
+def jmmlu_zip_rows(archive: Path, subjects: Iterable[str]) -> list[Row]:
+    """The subjects' test rows of the hub's JMMLU.zip, read inside the archive: nothing is unpacked.
+
+    Raises:
+        UserError: a subject is not in the archive, or a row is malformed.
+    """
+    rows = []
+    with zipfile.ZipFile(archive) as file:
+        names = {Path(n).stem: n for n in file.namelist() if n.endswith(".csv") and Path(n).parent.name == "test"}
+        subjects = list(subjects)
+        raise_problems([s for s in subjects if s not in names], what="Subjects that are not in the archive")
+        for subject in subjects:
+            rows += jmmlu_rows(file.read(names[subject]).decode("utf-8-sig"), subject, f"{archive}:{names[subject]}")
+    return rows
+
+
+def _wmt20_from_sacrebleu(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
+    from sacrebleu.utils import get_reference_files, get_source_file
+
+    rows = []
+    for pair in configs:
+        try:
+            paths = [Path(get_source_file("wmt20", pair)), Path(get_reference_files("wmt20", pair)[0])]
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"sacrebleu could not fetch WMT20: {reason}", where=pair, hint=_how_to_get(s, None)) from error
+        texts = [p.read_text(encoding="utf-8").rstrip("\n").split("\n") for p in paths]
+        rows += [{"pair": pair, "source": a, "reference": b} for a, b in zip(*texts, strict=True)]
+    return rows
+
+
+def _how_to_get(s: DataSet, folder: Path | None) -> str:
+    root = f"{folder or '<data-dir>'}/benchmarks/{s.folder or s.name}/"
+    files = ", ".join(dict.fromkeys(n for names in s.files.values() for n in names))
+    hub = ""
+    if s.hub_id and files.endswith(".jsonl"):
+        hub = " (the hub's rows as JSON Lines: datasets.load_dataset(…).to_json)"
+    keep = "" if s.redistributable else " Read it only: this licence forbids passing on changed copies."
+    return f"It comes from {s.url}. Licence: {s.licence}. Put {files}{hub} into {root}.{keep} {s.note}".rstrip()
+
+
+def _absent(s: DataSet, missing: list[str], folder: Path | None, named: bool) -> UserError:
+    where = f"in {folder}" if folder else "there is no data folder"
+    instead = " Or leave out --data-dir and TSUGIKI_DATA to load it from the hub." if named and _on_hub(s) else ""
+    return UserError(
+        f"{s.title}: no data for {', '.join(missing)} ({where})", where=s.name, hint=_how_to_get(s, folder) + instead
+    )
