@@ -1,0 +1,332 @@
+"""A GGUF opened with a view inside: ggml's tensors as llama.cpp computes, its weights, its quantization functions.
+
+llama-cpp-python does not wrap ggml. What is used here is ggml's own C interface through ctypes, and a mirror of its
+``struct ggml_tensor`` (``ggml.h``), which is checked against the library on real tensors before anything relies on
+it. Native code may abort: callers run this in a child process (:func:`run_child`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+from llama_cpp import llama_cpp as _bindings
+
+from tsugiki.errors import UserError
+from tsugiki.evaluate.engine import BATCH, Engine, thread_count
+
+F32, F16, BF16 = (int(gguf.GGMLQuantizationType[n]) for n in ("F32", "F16", "BF16"))
+
+
+class Tensor(ctypes.Structure):
+    """``struct ggml_tensor`` of ggml.h."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.POINTER(Tensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+class _Traits(ctypes.Structure):
+    """``struct ggml_type_traits`` of ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+_floats = ctypes.POINTER(ctypes.c_float)
+_tensor = ctypes.POINTER(Tensor)
+
+
+@lru_cache(maxsize=None)
+def _ggml(name: str) -> Callable:
+    """A function of ggml, from the library that llama-cpp-python has loaded."""
+    result, arguments = {
+        "ggml_op_desc": (ctypes.c_char_p, [_tensor]),
+        "ggml_get_name": (ctypes.c_char_p, [_tensor]),
+        "ggml_get_data": (ctypes.c_void_p, [_tensor]),
+        "ggml_nbytes": (ctypes.c_size_t, [_tensor]),
+        "ggml_backend_buffer_is_host": (ctypes.c_bool, [ctypes.c_void_p]),
+        "ggml_backend_tensor_get": (None, [_tensor, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+        "ggml_backend_tensor_set": (None, [_tensor, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+        "ggml_get_type_traits": (ctypes.POINTER(_Traits), [ctypes.c_int]),
+        "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
+        "ggml_quantize_chunk": (
+            ctypes.c_size_t,
+            [ctypes.c_int, _floats, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _floats],
+        ),
+    }[name]
+    function = getattr(_bindings._lib, name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+# --- quantization of single matrices ------------------------------------------------------------------------------
+
+
+def row_bytes(kind: int, width: int) -> int:
+    """Bytes of a row of ``width`` weights in a ggml type."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    return width // block * size
+
+
+def quantize_rows(kind: int, weights: np.ndarray, importance: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+    """Quantize a matrix with ggml's own function: the bytes that llama-quantize writes.
+
+    Args:
+        kind: a ggml type whose block divides the width.
+        weights: float32 ``(R, W)``, finite.
+        importance: float32 ``(W,)``, mean squared input of each column, or ``None``.
+
+    Returns:
+        uint8 ``(R, row_bytes)``.
+    """
+    rows, width = weights.shape
+    weights = np.ascontiguousarray(weights, np.float32)
+    out = np.empty((rows, row_bytes(kind, width)), np.uint8)
+    importance = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = importance.ctypes.data_as(_floats) if importance is not None else None
+
+    def part(start: int) -> None:
+        n = min(step, rows - start)
+        done = _ggml("ggml_quantize_chunk")(
+            kind, weights[start:].ctypes.data_as(_floats), out[start:].ctypes.data, 0, n, width, pointer
+        )
+        assert done == n * out.shape[1]
+
+    step = max(1, -(-rows // max(1, threads)), (1 << 18) // width) if threads > 1 else rows
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # ctypes lets go of the interpreter's lock
+        list(pool.map(part, range(0, rows, step)))
+    return out
+
+
+def dequantize_rows(kind: int, data: np.ndarray, width: int) -> np.ndarray:
+    """Float32 ``(R, W)`` of rows in a ggml type, uint8 ``(R, row_bytes)``, by ggml's own function."""
+    if kind == F32:
+        return data.view(np.float32)
+    out = np.empty((len(data), width), np.float32)
+    data = np.ascontiguousarray(data)
+    _ggml("ggml_get_type_traits")(kind).contents.to_float(data.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+# --- a model with a view inside -----------------------------------------------------------------------------------
+
+
+class Probe(Engine):
+    """An :class:`Engine` that shows ggml's tensors to ``watch`` and whose weights can be replaced in memory.
+
+    Args:
+        path: the GGUF.
+        watch: called as ``watch(tensor, ask)`` for each operation: with ``ask`` it says whether it wants to see the
+            operation's result and inputs, and is then called again without.
+        writable: read the weights into memory instead of mapping the file, so that :meth:`replace` works.
+
+    Raises:
+        UserError: as :class:`Engine`; or this llama.cpp's tensors are not laid out as the mirror says.
+    """
+
+    def __init__(self, path: Path | str, *, watch: Callable | None = None, writable: bool = False, n_ctx: int = 4096,
+                 n_seq_max: int = 8, n_threads: int | None = None, n_gpu_layers: int = 0):
+        super().__init__(path, n_ctx=n_ctx, n_seq_max=n_seq_max, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+        self._watch, self.error, self.weights = watch, None, {}
+        # The engine knows neither the callback nor unmapped weights: open both again with them.
+        self.close()
+        model = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = n_gpu_layers
+        model.use_extra_bufts = False  # repacked weights have another layout
+        if writable:
+            model.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = n_ctx, n_seq_max
+        params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
+        params.n_threads = params.n_threads_batch = n_threads or thread_count(self.path)
+        params.kv_unified, params.no_perf = True, True
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._callback = _bindings.ggml_backend_sched_eval_callback(self._see)
+        params.cb_eval = self._callback
+        self._context = llama_cpp.llama_init_from_model(self._model, params) if self._model else None
+        if not self._context:
+            self.close()
+            raise UserError(f"there is no memory for the model and a context of {n_ctx} tokens", where=str(self.path))
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.add_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self._make_batch()
+        self._checking = True
+        self._decode([max(self.bos, 0)] * 2, [0, 1], 0, [1, 1])
+        self._checking = False
+        self.clear()
+        self._raise()
+
+    def decode(self, token, pos, seq, flag) -> np.ndarray:
+        """Decode one batch; a view ``(flagged, V)`` of the logits; an error in ``watch`` is raised here."""
+        logits = self._decode(token, pos, seq, flag)
+        self._raise()
+        return logits
+
+    def _raise(self) -> None:
+        if self.error:
+            raise self.error
+
+    def _see(self, pointer: int, ask: bool, _) -> bool:
+        try:
+            tensor = ctypes.cast(pointer, _tensor).contents
+            if self._checking:
+                if ask:
+                    self._learn(tensor)
+                return False
+            return bool(self._watch and not self.error and self._watch(tensor, ask))
+        except Exception as error:  # ctypes would print it and go on
+            self.error = error
+            return False
+
+    def _learn(self, tensor: Tensor) -> None:
+        """Check the mirror on an operation's tensors; note the weights among its inputs."""
+        for source in (tensor, *(s.contents for s in tensor.src if s)):
+            traits = _ggml("ggml_get_type_traits")(source.type).contents
+            packed = source.nb[0] == traits.size and source.nb[1] == traits.size * (source.ne[0] // traits.block)
+            nbytes = source.nb[1] + sum((n - 1) * b for n, b in zip(source.ne[1:], source.nb[1:], strict=True))
+            if (
+                source.name != _ggml("ggml_get_name")(source)
+                or source.data != _ggml("ggml_get_data")(source)
+                or (packed and nbytes != _ggml("ggml_nbytes")(source))
+            ):
+                raise UserError(
+                    "this build of llama.cpp lays out its tensors otherwise than llama-cpp-python 0.3.36's",
+                    hint="Install the pinned version of llama-cpp-python.",
+                )
+            name = base_name(source.name)
+            if name.endswith(".weight") and not source.view_src:
+                places = self.weights.setdefault(name, [])
+                if all(p.data != source.data for p in places):
+                    places.append(source)
+
+    def replace(self, name: str, weights: np.ndarray) -> None:
+        """Write float32 ``(R, W)`` over a matrix in memory, in the type that the file has it in (F32, F16 or BF16)."""
+        places = self.weights[name]
+        kind = places[0].type
+        data = weights if kind == F32 else quantize_rows(kind, weights)
+        for place in places:
+            nbytes = _ggml("ggml_nbytes")(place)
+            assert nbytes == data.nbytes and place.type == kind
+            _ggml("ggml_backend_tensor_set")(place, np.ascontiguousarray(data).ctypes.data, 0, nbytes)
+
+
+def base_name(name: bytes) -> str:
+    """``CUDA0#blk.0.attn_k.weight#0``, as a copy is called, → ``blk.0.attn_k.weight``."""
+    parts = name.decode("utf-8", "replace").split("#")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def values(tensor: Tensor, dtype: type = np.float32) -> np.ndarray:
+    """A copy or view of a tensor's values as numpy has them, ``(ne3, ne2, ne1, ne0)``, with its strides."""
+    nbytes = _ggml("ggml_nbytes")(tensor)
+    if _ggml("ggml_backend_buffer_is_host")(tensor.buffer):
+        buffer = (ctypes.c_char * nbytes).from_address(tensor.data)
+    else:
+        buffer = ctypes.create_string_buffer(nbytes)
+        _ggml("ggml_backend_tensor_get")(tensor, buffer, 0, nbytes)
+    return np.ndarray(tuple(tensor.ne)[::-1], dtype, buffer, strides=tuple(tensor.nb)[::-1])
+
+
+def operation(tensor: Tensor) -> str:
+    """``MUL_MAT`` and the like."""
+    return _ggml("ggml_op_desc")(tensor).decode()
+
+
+# --- child processes ----------------------------------------------------------------------------------------------
+
+
+def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dict], None] | None = None) -> dict:
+    """Run ``python -m module`` with ``job`` as JSON on its standard input, and return its result.
+
+    The child writes one JSON object a line: ``{"result": …}`` last, ``{"error", "where", "hint"}`` where it refuses
+    (:func:`serve` does), anything else goes to ``on_message``.
+
+    Raises:
+        UserError: what the child raised, or that it died, with the signal and its last words.
+    """
+    with tempfile.TemporaryFile() as words:
+        # Without safe path a folder of ours would hide a library of the same name.
+        environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
+        child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=words, env=environment)
+        result = None
+        try:
+            try:
+                with child.stdin:
+                    child.stdin.write(json.dumps(job).encode())
+            except BrokenPipeError:
+                pass  # it has died; its last words say why
+            for line in child.stdout:
+                message = json.loads(line)
+                if "error" in message:
+                    raise UserError(message["error"], where=message["where"], hint=message["hint"])
+                result = message.get("result", result)
+                if on_message and "result" not in message:
+                    on_message(message)
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+        if child.returncode or result is None:
+            words.seek(max(0, words.seek(0, os.SEEK_END) - 4000))
+            lines = [w.strip() for w in words.read().decode("utf-8", "replace").splitlines() if w.strip()]
+            telling = [w for w in lines if any(k in w.lower() for k in ("error", "fail", "assert"))]
+            code = child.returncode
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+            raise UserError(
+                f"the process of “{name}” {how}: {' | '.join((telling or lines)[-3:]) or 'no last words'}",
+                where=str(job.get("path", "")) or None,
+                hint="Nothing was written. The file may be damaged, or the memory too small.",
+            )
+    return result
+
+
+def serve(task: Callable[[dict], dict]) -> None:
+    """The child's side of :func:`run_child`."""
+    try:
+        say(result=task(json.load(sys.stdin)))
+    except UserError as error:
+        say(error=error.message, where=error.where, hint=error.hint)
+
+
+def say(**message) -> None:
+    """Send one message to the parent."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
