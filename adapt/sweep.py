@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tsugiki.adapt.fit import FitSettings, device_name, fit, load_base
+from tsugiki.adapt.forecast import forecast
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
@@ -122,6 +123,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
         "points": [{**asdict(p), "nll_ci": list(intervals[p.n, p.seed])} for p in points],
         "base": {**base["point"], "nll_ci": list(base_reading.nll_ci)},
         "optimum": _optimum_json(optimum),
+        "forecast": (ahead := forecast(nats, tokens, documents)) and asdict(ahead),
         "p_best_by_n": {str(n): p for n, p in optimum.p_best_by_n.items()},
         "kept": {"n": best.n, "seed": best.seed},
         "test_items": len(test),

@@ -290,7 +290,8 @@ def sweep_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
-        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum"),
+        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
+                            "tsugiki.adapt.forecast", "tsugiki.intervals"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -301,6 +302,11 @@ def sweep_stage(run: Run) -> bool:
             f"  optimum: {best['n']:,} samples, test NLL {best['nll']:.4f} nats/token "
             f"({best['nll_ci'][0]:.4f} to {best['nll_ci'][1]:.4f}); within one standard error: {best['one_se_n']:,}"
         )
+        if ahead := result["forecast"]:
+            console.print(
+                f"  with {ahead['at']:,} samples the law of the curve expects {ahead['nll']:.4f} ({ahead['nll_ci'][0]:.4f} to "
+                f"{ahead['nll_ci'][1]:.4f}): {100 * ahead['gain']:.0f} % less; worth collecting: {ahead['answer']}"
+            )
         replace_results(
             run.folder.parent.parent / "results.sqlite", run.name, "sweep",
             [

@@ -133,16 +133,19 @@ def data_verdict(sweep: dict[str, Any]) -> Text:
             f"{best['n']:,}件を超えても（{last:,}件まで）良くなりませんでした。",
             f"Beyond {best['n']:,} samples (up to {last:,}) it got no better.",
         )  # fmt: skip
-    if one_se < last:
+    ahead = sweep.get("forecast") or {}
+    if one_se < last or ahead.get("answer") == "no":
         return _verdict(
             "flat", "伸びはわずか", "Little to gain",
-            f"最良は最大の{last:,}件ですが、{one_se:,}件でも1標準誤差以内です。",
-            f"The largest count, {last:,}, is best, but {one_se:,} lies within one standard error of it.",
+            f"最良は最大の{last:,}件ですが、{one_se:,}件でも1標準誤差以内です。" if one_se < last else f"最良は最大の{last:,}件ですが、倍にしても見込みは2%未満です。",
+            f"The largest count, {last:,}, is best, but {one_se:,} lies within one standard error of it."
+            if one_se < last else f"The largest count, {last:,}, is best, but twice as many would gain less than 2%.",
         )  # fmt: skip
     return _verdict(
         "more", "まだ伸びる", "More would help",
-        f"最大の{last:,}件でもまだ下がっています。同じ種類のデータを足す価値があります。",
-        f"At {last:,}, the largest count, NLL is still falling: more data of this kind is worth having.",
+        f"最大の{last:,}件でもまだ下がっています。" + (f"{ahead['at']:,}件で{100 * ahead['gain']:.0f}%下がる見込みです。" if ahead else "同じ種類のデータを足す価値があります。"),
+        f"At {last:,}, the largest count, NLL is still falling"
+        + (f"; {ahead['at']:,} would bring about {100 * ahead['gain']:.0f}% less." if ahead else ": more data of this kind is worth having."),
     )  # fmt: skip
 
 

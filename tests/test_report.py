@@ -206,6 +206,19 @@ def test_the_curve_is_put_into_words(counts, best, one_se, overfits_at, kind):
     assert data_verdict(sweep)["kind"] == kind
 
 
+def test_a_forecast_of_no_gain_is_said_although_the_largest_count_is_best(tmp_path):
+    ahead = {"a": 3.0, "b": 1.5, "c": 0.8, "at": 2000, "nll": 0.99, "nll_ci": [0.98, 1.0], "gain": 0.005, "gain_ci": [0.0, 0.01],
+             "backcast": {"n": 1000, "predicted": 1.0, "measured": 0.995}, "answer": "no"}
+    sweep = {"points": [{"n": n, "nll": 1.0} for n in (250, 500, 1000)], "optimum": {"n": 1000, "one_se_n": 1000}}
+    assert data_verdict(sweep | {"forecast": ahead})["kind"] == "flat"
+    assert "40%" in data_verdict(sweep | {"forecast": ahead | {"answer": "yes", "gain": 0.4}})["long_en"]
+    stages = stage_files()
+    stages["sweep"]["forecast"] = ahead
+    page = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    assert outline(page).problems == []
+    assert "NLL = 0.800 + 3 · n^−1.50, expects 0.990 at 2,000 samples" in page and "Not worth collecting" in page
+
+
 def test_reasons_for_dropping_are_said_in_japanese():
     assert reason_ja("train: near-duplicate of a test item") == "学習：テストにほぼ同じものがある"
     assert reason_ja("test: exact duplicate of a train item") == "テスト：学習と同じ質問"
