@@ -150,6 +150,36 @@ def tiny_bases(
         pretrain(base, corpus, out / name, work / name, device=device_name())
 
 
+@adapt_app.command("preview")
+def adapt_preview(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many to show.")] = 4,
+) -> None:
+    """Show in colour what training sees: read tokens grey, learnt tokens green, special tokens yellow."""
+    from rich.text import Text
+    from transformers import AutoTokenizer
+
+    from tsugiki.adapt.preview import first_of_each_kind, runs_of_tokens
+    from tsugiki.recipes.recipe import base_folder, open_run, run_recipe
+    from tsugiki.samples import read_encoded
+
+    run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
+    run_recipe(run, ("data",))
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(run))
+    train = read_encoded(run.folder / "data" / "train.jsonl")
+    for s in first_of_each_kind(train, samples):
+        text = Text()
+        for part, learned, special in runs_of_tokens(tokenizer, s):
+            text.append(part, style=("bold " if learned else "") + ("yellow" if special else "green" if learned else "bright_black"))
+        kind = f", {s.kind}" if s.kind else ""
+        stdout().print(f"[bold]{escape(s.id)}[/]{escape(kind)}: {len(s.completion_ids)} of {len(s.ids)} tokens are learnt", text, "", sep="\n")
+    learnt, total = sum(len(s.completion_ids) for s in train), sum(len(s.ids) for s in train)
+    ends = sorted({s.completion_ids[-1] for s in train})
+    stdout().print(f"{len(train):,} training samples: {learnt:,} of {total:,} tokens are learnt; each answer ends with "
+                   + escape(" or ".join(tokenizer.convert_ids_to_tokens(ends))))
+
+
 # --- the finished model ---------------------------------------------------------------------------------------
 
 

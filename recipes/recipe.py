@@ -278,7 +278,7 @@ def data_stage(run: Run) -> bool:
     return run_stage(run.folder / "data", inputs, work, console_title="samples, splits, token ids")
 
 
-def _base_dir(run: Run) -> Path:
+def base_folder(run: Run) -> Path:
     """The base as the stages load it: with a chat template, its own or the family's."""
     supplied = run.folder / "data" / "base"
     return supplied if supplied.exists() else run.base_dir
@@ -295,7 +295,7 @@ def sweep_stage(run: Run) -> bool:
     }
 
     def work(folder: Path) -> list[Path]:
-        result = run_sweep(_base_dir(run), run.folder / "data", folder, run.settings.sweep)
+        result = run_sweep(base_folder(run), run.folder / "data", folder, run.settings.sweep)
         best = result["optimum"]
         test_items = read_json(run.folder / "data" / "data.json")["samples"]["test"]
         console.print(
@@ -341,7 +341,7 @@ def gguf_stage(run: Run) -> bool:
         from tsugiki.quantize.texts import HARD_TEXTS
 
         transformers_logging.disable_progress_bar()  # a bar over the few tensors of a load says nothing
-        base_dir, adapter = _base_dir(run), run.folder / "sweep" / "adapter"
+        base_dir, adapter = base_folder(run), run.folder / "sweep" / "adapter"
         out = folder / "model-F16.gguf"
         written = convert(base_dir, out, adapter, name=f"{run.base.name}-{run.domain.name}",
                           licence=run.base.licence or None, base_model=run.base.hub_id or run.base.name)
