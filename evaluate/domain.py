@@ -10,6 +10,7 @@ import numpy as np
 from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine
 from tsugiki.evaluate.score import score
+from tsugiki.intervals import clustered_stderr
 from tsugiki.samples import EncodedSample
 
 
@@ -61,21 +62,6 @@ def domain_answers(
         points = score(scoring, text, s.completion)
         answers.append(Answer(s.id, s.document, s.kind, text, s.completion, points, g.finished, g.seconds))
     return answers
-
-
-def clustered_stderr(values: Sequence[float], documents: Sequence[str]) -> float | None:
-    """Standard error of a mean whose items come in documents: that of a ratio of document sums to counts.
-
-    ``sqrt(D / (D − 1) · Σ_d (Σ_{i in d} (x_i − mean))²) / N`` over ``D`` documents and ``N`` items (Cochran,
-    Sampling Techniques, §6.3, with equal weights); ``None`` for fewer than two documents.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    groups = np.unique(np.asarray(documents, dtype=str), return_inverse=True)[1]
-    count = int(groups.max()) + 1
-    if count < 2:
-        return None
-    residuals = np.bincount(groups, values - values.mean(), count)
-    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(values))
 
 
 def summarize(answers: Sequence[Answer]) -> dict:

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsugiki.errors import UserError
-from tsugiki.evaluate.domain import Answer, clustered_stderr, summarize
+from tsugiki.evaluate.domain import Answer, summarize
 from tsugiki.evaluate.score import char_f1, exact_match, score
+from tsugiki.intervals import clustered_stderr
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,31 @@ def ratio_intervals(
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
-def widen(interval: tuple[float, float] | None, mean: float, number: int, *, confidence: float = 0.95) -> tuple[float, float] | None:
+def widen(
+    interval: tuple[float, float] | None, mean: float, number: int, *, span: float = 1.0, confidence: float = 0.95
+) -> tuple[float, float] | None:
     """An interval no narrower than what ``number`` equal values can prove.
 
     A bootstrap of all-equal values is a point. By the exact binomial bound for no event in ``number`` trials (Clopper
-    and Pearson 1934), a share up to ``1 − ((1 − confidence) / 2) ** (1 / number)`` may have gone unseen on either side.
+    and Pearson 1934), a share up to ``1 − ((1 − confidence) / 2) ** (1 / number)`` may have gone unseen on either side;
+    each of them moves the mean by at most ``span``.
     """
     if interval is None:
         return None
-    unseen = 1 - ((1 - confidence) / 2) ** (1 / number)
+    unseen = span * (1 - ((1 - confidence) / 2) ** (1 / number))
     return min(interval[0], mean - unseen), max(interval[1], mean + unseen)
+
+
+def clustered_stderr(values: Sequence[float], clusters: Sequence) -> float | None:
+    """Standard error of a mean whose items come in clusters: that of a ratio of cluster sums to counts.
+
+    ``sqrt(D / (D − 1) · Σ_d (Σ_{i in d} (x_i − mean))²) / N`` over ``D`` clusters and ``N`` items (Cochran, Sampling
+    Techniques, §6.3, with equal weights); ``None`` for fewer than two clusters.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    group = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
+    count = int(group.max()) + 1
+    if count < 2:
+        return None
+    residuals = np.bincount(group, values - values.mean(), count)
+    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(values))
