@@ -21,6 +21,7 @@ from tsugiki.artifacts import atomic_path, digest, sha256_file
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.engine import BATCH, check_gguf
 from tsugiki.progress import progress
+from tsugiki.quantize.child import run_child, say, serve
 
 CHUNK = 512  # tokens of a chunk of plain text, as llama-imatrix has it
 SAVE_EVERY = 60  # seconds between the partial results that an interrupted run continues from
@@ -314,8 +315,6 @@ def make_imatrix(
     Raises:
         UserError: unreadable input, ids outside the vocabulary, no text at all, or a model on which llama.cpp crashes.
     """
-    from tsugiki.quantize.native import run_child
-
     model, out = Path(model), Path(out)
     sources = [Path(p) for p in general]
     if domain is None and not sources:
@@ -349,7 +348,7 @@ def make_imatrix(
 
 
 def _work(job: dict) -> dict:
-    from tsugiki.quantize.native import Probe, say
+    from tsugiki.quantize.native import Probe
 
     collector = Collector(output=job["output"])
     sources = [read_source(f) for f in job["files"]]
@@ -419,6 +418,4 @@ def _resume(partial: Path, wanted: str, collector: Collector) -> int:
 
 
 if __name__ == "__main__":
-    from tsugiki.quantize.native import serve
-
     serve(_work)

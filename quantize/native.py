@@ -2,21 +2,16 @@
 
 llama-cpp-python does not wrap ggml. What is used here is ggml's own C interface through ctypes, and a mirror of its
 ``struct ggml_tensor`` (``ggml.h``), which is checked against the library on real tensors before anything relies on
-it. Native code may abort: callers run this in a child process (:func:`run_child`).
+it. Native code may abort: callers run this in a child process (:mod:`tsugiki.quantize.child`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -70,7 +65,7 @@ _floats = ctypes.POINTER(ctypes.c_float)
 _tensor = ctypes.POINTER(Tensor)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ggml(name: str) -> Callable:
     """A function of ggml, from the library that llama-cpp-python has loaded."""
     result, arguments = {
@@ -266,67 +261,3 @@ def values(tensor: Tensor, dtype: type = np.float32) -> np.ndarray:
 def operation(tensor: Tensor) -> str:
     """``MUL_MAT`` and the like."""
     return _ggml("ggml_op_desc")(tensor).decode()
-
-
-# --- child processes ----------------------------------------------------------------------------------------------
-
-
-def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dict], None] | None = None) -> dict:
-    """Run ``python -m module`` with ``job`` as JSON on its standard input, and return its result.
-
-    The child writes one JSON object a line: ``{"result": …}`` last, ``{"error", "where", "hint"}`` where it refuses
-    (:func:`serve` does), anything else goes to ``on_message``.
-
-    Raises:
-        UserError: what the child raised, or that it died, with the signal and its last words.
-    """
-    with tempfile.TemporaryFile() as words:
-        # Without safe path a folder of ours would hide a library of the same name.
-        environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
-        child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=words, env=environment)
-        result = None
-        try:
-            try:
-                with child.stdin:
-                    child.stdin.write(json.dumps(job).encode())
-            except BrokenPipeError:
-                pass  # it has died; its last words say why
-            for line in child.stdout:
-                message = json.loads(line)
-                if "error" in message:
-                    raise UserError(message["error"], where=message["where"], hint=message["hint"])
-                result = message.get("result", result)
-                if on_message and "result" not in message:
-                    on_message(message)
-            child.wait()
-        finally:
-            child.kill()
-            child.wait()
-            child.stdout.close()
-        if child.returncode or result is None:
-            words.seek(max(0, words.seek(0, os.SEEK_END) - 4000))
-            lines = [w.strip() for w in words.read().decode("utf-8", "replace").splitlines() if w.strip()]
-            telling = [w for w in lines if any(k in w.lower() for k in ("error", "fail", "assert"))]
-            code = child.returncode
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            raise UserError(
-                f"the process of “{name}” {how}: {' | '.join((telling or lines)[-3:]) or 'no last words'}",
-                where=str(job.get("path", "")) or None,
-                hint="Nothing was written. The file may be damaged, or the memory too small.",
-            )
-    return result
-
-
-def serve(task: Callable[[dict], dict]) -> None:
-    """The child's side of :func:`run_child`."""
-    try:
-        say(result=task(json.load(sys.stdin)))
-    except UserError as error:
-        say(error=error.message, where=error.where, hint=error.hint)
-
-
-def say(**message) -> None:
-    """Send one message to the parent."""
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
