@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsugiki.bases import load_bases
+from tsugiki.errors import UserError
 from tsugiki.progress import console
-from tsugiki.recipes.terminal import HELP, RunsOption, plain_table, stage_command, stdout
+from tsugiki.recipes.terminal import HELP, DataOption, RunsOption, plain_table, stage_command, stdout
 
 evaluate_app = typer.Typer(help="Scores of the files that ship.", **HELP)
 stage_command(evaluate_app, "domain", "evaluate", "Score the base and the adapted model on the domain's test, by kind of item.")
@@ -78,6 +79,50 @@ def evaluate_budget(
         stdout().print(escape(budgets.explain(model, known, rule)) + "\n", soft_wrap=True)
 
 
+@evaluate_app.command("judge")
+def evaluate_judge(
+    answers: Annotated[list[Path], typer.Argument(help="A run's folder or .jsonl files of answers, one a model; for MT-Bench also .gguf files, whose answers are made first.", show_default=False)],
+    rubric: Annotated[str, typer.Option(help="domain (0–3), mt-bench-ja or mt-bench-en (1–10).")] = "domain",
+    endpoint: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible server, https://…/v1.")] = "",
+    model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "",
+    gguf: Annotated[Path | None, typer.Option(help="The judge as a file, run in this process.", show_default=False)] = None,
+    labels: Annotated[Path | None, typer.Option(help="People's ratings, .jsonl or .csv of id, label (and model): how far the judge agrees.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of verdicts.jsonl and judge.json; else judge-RUBRIC beside the answers.", show_default=False)] = None,
+    data_dir: DataOption = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many answers of each model.", show_default=False)] = None,
+    sampled: Annotated[bool, typer.Option(help="MT-Bench answers of a .gguf at the benchmark's temperatures; else greedy.")] = False,
+    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read.", show_default=False)] = None,
+    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the estimated cost; without it no other machine is asked.")] = False,
+    workers: Annotated[int, typer.Option(help="Requests under way together.")] = 4,
+    retries: Annotated[int, typer.Option(help="Of one request, after rate limits, server errors and timeouts.")] = 6,
+    timeout: Annotated[float, typer.Option(help="Of one request, seconds.")] = 120.0,
+    key_variable: Annotated[str, typer.Option(help="Environment variable of the API key.")] = "OPENAI_API_KEY",
+) -> None:
+    """Have another model rate answers by a versioned rubric. Finished verdicts are kept; run again to go on."""
+    from tsugiki.evaluate.judge import Judge, answer_files, judge_answers, read_answers, read_labels, two_turn_answers
+    from tsugiki.evaluate.rubric import load_rubric
+
+    if (price_in is None) != (price_out is None):
+        raise UserError("one price is missing", hint="Give --price-in and --price-out together.")
+    judge = Judge(endpoint, model, gguf, workers, retries, timeout, key_variable)
+    asked = load_rubric(rubric, data_dir)
+    people = read_labels(labels) if labels else None
+    first = answers[0]
+    out = out or (first if first.is_dir() else first.parent) / f"judge-{asked.name}"
+    files = [p for p in answers if p.suffix != ".gguf"]
+    models = [p for p in answers if p.suffix == ".gguf"]
+    if models and asked.kind != "two-turn":
+        raise UserError(f"{models[0].name} is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
+    files += [two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for p in models]
+    given = {name: read_answers(path, asked)[:limit] for name, path in answer_files(files).items()}
+    prices = (price_in, price_out) if price_in is not None and price_out is not None else None
+    found = judge_answers(given, asked, judge, out, labels=people, prices=prices, agreed=yes,
+                          say=lambda text: console.print(escape(text)))
+    show_judge(found)
+    stdout().print(f"Written: {escape(str(out / 'judge.json'))}", soft_wrap=True)
+
+
 # --- output ---------------------------------------------------------------------------------------------------
 
 
@@ -124,3 +169,23 @@ def show_scaling(result: dict) -> None:
                 out.print(escape(sentence))
     for text in (*result["notes"], *result["warnings"]):
         out.print(f"[yellow]{escape(text)}[/]")
+
+
+def show_judge(found: dict) -> None:
+    """Print what :func:`tsugiki.evaluate.judge.judge_answers` returned."""
+    out, (low, high) = stdout(), found["rubric"]["scale"]
+    table = plain_table(f"Rubric {found['rubric']['name']} {found['rubric']['version']} ({found['rubric']['hash']}), {low} to {high}",
+                        "model", "mean", "95 % interval", "rated", "malformed", numbers=True)
+    for row in found["models"]:
+        interval = "–" if row["ci"] is None else f"{row['ci'][0]:.2f} – {row['ci'][1]:.2f}"
+        table.add_row(escape(row["model"]), "–" if row["mean"] is None else f"{row['mean']:.2f}", interval, f"{row['rated']:,} / {row['n']:,}",
+                      ", ".join(f"{k} {v}" for k, v in row["malformed"].items()) or "0")
+    out.print(table)
+    for row in found["paired"]:
+        interval = "" if row["ci"] is None else f" ({row['ci'][0]:+.2f} to {row['ci'][1]:+.2f})"
+        out.print(f"{escape(row['to'])} against {escape(row['from'])}: {row['difference']:+.2f}{interval} on {row['n']:,} answers, {row['change']}")
+    for row in found["agreement"]:
+        kappa = row["why"] if row["kappa"] is None else f"{row['kappa']:.2f}" + (f" ({row['ci'][0]:.2f} to {row['ci'][1]:.2f})" if row["ci"] else f" ({row['why']})")
+        out.print(f"Agreement on {row['n']:,} labelled answers of {escape(row['model'])}: quadratic weighted kappa {kappa}")
+    if found["usage"]["cost"] is not None:
+        out.print(f"Cost so far: {found['usage']['cost']:.2f} ({found['usage']['read']:,} tokens read, {found['usage']['written']:,} written)")
