@@ -83,8 +83,8 @@ MMLU_PROX_SUBJECTS = {
 }  # fmt: skip
 
 
-def mmlu_prox(language: str = "ja", shots: int = 5, data_dir: str | None = None, **_) -> dict[str, Dataset]:
-    """All categories in one task: its mean is the micro average; shots are the category's first of ``validation``."""
+def mmlu_prox(language: str = "ja", data_dir: str | None = None, **_) -> dict[str, Dataset]:
+    """All categories in one task: its mean is the micro average; the shots are the category's first five of ``validation``."""
     rows = load_set("mmlu_prox", data_dir, config=language)
     question, options, answer, exemplar, description = MMLU_PROX_PROMPTS[language]
 
@@ -94,12 +94,12 @@ def mmlu_prox(language: str = "ja", shots: int = 5, data_dir: str | None = None,
 
     prefixes = {}
     for category, japanese in MMLU_PROX_SUBJECTS.items():
-        chosen = [row for row in rows["validation"] if row["category"] == category][:shots]
+        chosen = [row for row in rows["validation"] if row["category"] == category][:5]
         subject = japanese if language == "ja" else category.replace(" ", "_")
         worked = [block(row) + row["cot_content"].replace(exemplar, answer) + "\n\n" for row in chosen]
         prefixes[category] = description.format(subject=subject) + "".join(worked)
-        if len(chosen) < shots and any(row["category"] == category for row in rows["test"]):
-            raise UserError(f"{category} has {len(chosen)} worked examples, {shots} are needed", where=f"mmlu_prox/{language}/validation")
+        if len(chosen) < 5 and any(row["category"] == category for row in rows["test"]):
+            raise UserError(f"{category} has {len(chosen)} worked examples, 5 are needed", where=f"mmlu_prox/{language}/validation")
     docs = [
         {"id": f"{language}/{i}", "category": row["category"], "target": row["answer"],
          "prompt": prefixes[row["category"]] + block(row) + answer}
