@@ -424,7 +424,7 @@ def near_pairs(
     texts = [*left, *(right or [])]
     if not left or not texts or right == []:
         return []
-    sets = [_grams(t, near.ngram) for t in texts]
+    sets = [character_ngrams(t, near.ngram) for t in texts]
     sizes = np.array([len(s) for s in sets])
     vocabulary, ids, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
     order = np.empty(len(vocabulary), dtype=np.int64)
@@ -455,7 +455,7 @@ def near_pairs(
     return sorted(pairs)
 
 
-def _grams(text: str, n: int) -> np.ndarray:
+def character_ngrams(text: str, n: int) -> np.ndarray:
     """The set of a text's character n-grams as sorted 64-bit hashes; a shorter text is one gram of its own."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     width = max(1, min(n, len(points)))

@@ -180,6 +180,30 @@ def adapt_preview(
                    + escape(" or ".join(tokenizer.convert_ids_to_tokens(ends))))
 
 
+@adapt_app.command("contamination")
+def adapt_contamination(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Look for benchmark items among the training samples: a score on what was trained on says nothing."""
+    from tsugiki.recipes.contamination import contamination
+    from tsugiki.recipes.recipe import open_run, run_recipe
+    from tsugiki.samples import read_encoded
+
+    run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
+    run_recipe(run, ("data",))
+    path = run.folder / "contamination.json"
+    found = contamination(read_encoded(run.folder / "data" / "train.jsonl"), path, data_dir=data_dir)
+    rows = plain_table(f"Items of which a training sample holds {found['share']:.0%} or more ({found['ngram']}-character runs)",
+                       "set", "items", "found", "texts too short to tell", numbers=True)
+    for row in found["sets"]:
+        rows.add_row(row["name"], f"{row['items']:,}", f"{row['found']:,}", f"{row['short']:,} of {row['texts']:,}", style="bold red" if row["found"] else None)
+    stdout().print(rows)
+    if found["absent"]:
+        stdout().print(f"Not at hand: {', '.join(found['absent'])}")
+    stdout().print(f"Written: {escape(str(path))}", soft_wrap=True)
+
+
 # --- the finished model ---------------------------------------------------------------------------------------
 
 

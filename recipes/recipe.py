@@ -481,23 +481,25 @@ def evaluate_stage(run: Run) -> bool:
 
 
 def report_stage(run: Run) -> bool:
-    """``summary.json`` for programs and ``report.html`` for people."""
+    """``summary.json`` for programs, ``report.html`` for people, ``model-card.md`` for whoever gets the files."""
     stages = [s for s in STAGES if s != "report" and (run.folder / s / "stage.json").exists()]
     inputs = {
         "stages": {s: sha256_file(run.folder / s / "stage.json") for s in stages},
-        "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary"),
-        "template": sha256_file(Path(__file__).with_name("report.html")),
+        "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary", "tsugiki.recipes.card"),
+        "templates": [sha256_file(Path(__file__).with_name(name)) for name in ("report.html", "model_card.md.j2")],
+        "base": [run.base.name, run.base.hub_id, run.base.revision, run.base.licence, run.base.obligations],
     }
 
     def work(folder: Path) -> list[Path]:
+        from tsugiki.recipes.card import write_card
         from tsugiki.recipes.report import write_report
         from tsugiki.recipes.summary import build_summary
 
-        build_summary(run.folder)
+        write_card(run.folder, build_summary(run.folder), run.base)
         page = write_report(run.folder)
         console.print(f"  {escape(str(page))}")
         return []
 
-    if not all((run.folder / name).exists() for name in ("report.html", "summary.json")):
+    if not all((run.folder / name).exists() for name in ("report.html", "summary.json", "model-card.md")):
         (run.folder / "report" / "stage.json").unlink(missing_ok=True)
     return run_stage(run.folder / "report", inputs, work, console_title="summary.json and report.html")
