@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from math import prod, sqrt
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import gguf
 import numpy as np
+import yaml
+from gguf import GGMLQuantizationType as Kind
 
 from tsugiki.artifacts import atomic_path
 from tsugiki.chat import end_of_turn_id
 from tsugiki.errors import UserError, raise_problems
+from tsugiki.lineage import check_lineage
 from tsugiki.progress import progress
+from tsugiki.quantize.adapter import Adapter, Update, merger, read_adapter
+from tsugiki.quantize.families import (
+    EMBEDDINGS,
+    OUTPUT,
+    Tensor,
+    expected_tensors,
+    read_config,
+    rope_freqs,
+    write_settings,
+)
 from tsugiki.quantize.tokenizer import gguf_vocabulary
+from tsugiki.quantize.weights import FLOATS, Stored, open_weights
 
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between the architectures.
-
-    Attributes:
-        architecture: llama.cpp's architecture.
-        permute: llama.cpp rotates neighbouring rows of q and k, transformers rows half a head apart.
-        qkv_bias: q, k and v have biases whatever the configuration says.
-    """
-
-    architecture: gguf.MODEL_ARCH
-    permute: bool
-    qkv_bias: bool = False
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(gguf.MODEL_ARCH.LLAMA, permute=True),
-    "Qwen2ForCausalLM": Family(gguf.MODEL_ARCH.QWEN2, permute=False, qkv_bias=True),
-}
 _TYPES = {
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
 }
-_LARGEST = {"f16": float(np.finfo(np.float16).max), "bf16": 3.3895e38, "f32": float(np.finfo(np.float32).max)}
+_BYTES = {Kind.F16: 2, Kind.BF16: 2, Kind.F32: 4}
+_LARGEST = {Kind.F16: float(np.finfo(np.float16).max), Kind.BF16: 3.3895e38, Kind.F32: float(np.finfo(np.float32).max)}
 _BNB = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format)$")
+CHUNK = 8 << 20  # values in memory at a time: 32 MB in float32
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,13 @@ class ConvertReport:
 
     Attributes:
         bytes: size of the file.
-        tensors, parameters: of the model (a tied output counts once).
+        tensors, parameters: of the model (a tied output counts once, rotary factors not).
         merged: tensors that the adapter changed.
         tied: whether the output layer is the embedding matrix.
+        wide: tensors whose values ``dtype`` cannot hold, and the type that they were written in.
         tokenizer, pre: llama.cpp's tokenizer model and pre-tokenizer.
         eos, eot: ids of the end-of-text and end-of-turn tokens (None: the tokenizer has none).
+        notes: what a reader should know, as sentences.
         seconds: wall time.
     """
 
@@ -77,6 +75,8 @@ class ConvertReport:
     eos: int | None
     eot: int | None
     seconds: float
+    wide: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -89,206 +89,231 @@ def convert(
     licence: str | None = None,
     languages: Sequence[str] = ("ja", "en"),
     base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    tokenizer_dir: Path | str | None = None,
 ) -> ConvertReport:
-    """Write base plus LoRA as one GGUF file; no merged checkpoint is written, and one tensor is held at a time.
+    """Write base plus LoRA as one GGUF file; no merged checkpoint is written, a few rows are held at a time.
 
-    The update is added in float32, then cast to ``dtype``; norms and biases stay float32.
+    The update is added in float32, then cast to ``dtype``; norms, biases and routers stay float32. A tensor with
+    values that ``dtype`` cannot hold is written as bfloat16 (where the checkpoint is and no adapter changed it) or as
+    float32, and named in the report.
 
     Args:
-        base_dir: folder with ``config.json``, safetensors and ``tokenizer.json``.
+        base_dir: folder with ``config.json``, safetensors and a tokenizer.
         out: the file to write; whole or absent.
         adapter_dir: folder with ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT.
         dtype: ``f16``, ``bf16`` or ``f32``.
-        name, licence, languages, base_model: metadata that people read.
+        name, licence, languages, base_model, datasets: metadata that people read; licence and data sets from the
+            base's model card where they are not given.
+        tokenizer_dir: another tokenizer (with its chat template) than the base's, of the same ids.
 
     Raises:
         UserError: unknown architecture, missing, damaged or quantized weights, an adapter for another base or of
-            a kind that is not supported, or values that ``dtype`` cannot hold.
+            a kind that is not supported, NaN or infinite values, too little disk space.
     """
     started = time.perf_counter()
     base_dir, out = Path(base_dir), Path(out)
-    if dtype not in _TYPES:
-        raise UserError(f"dtype {dtype!r} is not known", hint=f"Known: {', '.join(_TYPES)}.")
-    family, config = read_config(base_dir)
-    tokenizer = read_tokenizer(base_dir)
+    qtype, file_type = _known_type(dtype)
+    family, config, notes = read_config(base_dir)
+    weights = open_weights(base_dir)
+    tied = config.tie_word_embeddings
+    shapes = source_shapes(expected_tensors(family, config))
+    check_weights(base_dir, weights, shapes, tied=tied)
+    adapter = _open_adapter(adapter_dir, base_dir, shapes, tied)
+    if adapter and adapter.unties(tied):
+        tied = False
+        weights = weights | {OUTPUT: replace(weights[EMBEDDINGS], name=OUTPUT)}
+        notes.append("the adapter changes embeddings and output layer, tied in the base, apart: both are written")
+    tensors = expected_tensors(family, config, tied=tied)
+    tokenizer = read_tokenizer(Path(tokenizer_dir or base_dir))
     vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
-    shapes = expected_tensors(family, config)
-    with ExitStack() as stack:
-        weights = open_weights(base_dir, stack)
-        check_weights(base_dir, weights, shapes, tied=config.tie_word_embeddings)
-        adapter = read_adapter(Path(adapter_dir), shapes, config.tie_word_embeddings) if adapter_dir else {}
-        names = gguf.get_tensor_name_map(family.architecture, config.num_hidden_layers)
-        qtype, file_type = _TYPES[dtype]
-        eot = end_of_turn_id(tokenizer) if tokenizer.chat_template else None
-        with atomic_path(out) as temporary:
-            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[family.architecture])
-            try:
-                _write_metadata(writer, config, file_type, name or base_dir.name, licence, languages, base_model)
-                vocabulary.write(writer)
-                if eot is not None:
-                    writer.add_eot_token_id(eot)
-                if isinstance(tokenizer.chat_template, str):
-                    writer.add_chat_template(tokenizer.chat_template)
-                for tensor, shape in shapes.items():
-                    as_type = qtype if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-                    block, size = gguf.GGML_QUANT_SIZES[as_type]
-                    writer.add_tensor_info(
-                        names.get_name(tensor, try_suffixes=(".weight", ".bias")), shape, np.dtype(np.float32),
-                        prod(shape) // block * size, raw_dtype=as_type,
-                    )
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                with progress() as bar:
-                    task = bar.add_task("convert", total=len(shapes), note="")
-                    for tensor, shape in shapes.items():
-                        array = read_tensor(weights[tensor], tensor)
-                        if tensor in adapter:
-                            array = array + adapter[tensor].update()
-                        if family.permute:
-                            array = permute(array, tensor, config)
-                        check_range(array, tensor, dtype if len(shape) > 1 else "f32")
-                        as_type = qtype if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-                        writer.write_tensor_data(gguf.quants.quantize(array, as_type))
-                        bar.advance(task)
-            finally:
-                writer.close()
+    eot = end_of_turn_id(tokenizer) if tokenizer.chat_template else None
+    factors = rope_freqs(config)
+    updates = adapter.updates if adapter else {}
+    card = read_card(base_dir)
+    wide: dict[str, Kind] = {}
+
+    def describe(writer) -> None:
+        writer.add_type("model")
+        writer.add_file_type(file_type)
+        _write_general(writer, name or base_dir.name, licence or card.get("license"), languages, base_model, datasets or card.get("datasets"))
+        write_settings(writer, family, config, tensors)
+        vocabulary.write(writer)
+        if eot is not None:
+            writer.add_eot_token_id(eot)
+        if isinstance(tokenizer.chat_template, str):
+            writer.add_chat_template(tokenizer.chat_template)
+
+    with _writing(out), atomic_path(out) as temporary:
+        while True:
+            temporary.unlink(missing_ok=True)
+            kinds = {t.name: wide.get(t.name, qtype if t.matrix else Kind.F32) for t in tensors}
+            extra = {} if factors is None else {"rope_freqs.weight": factors}
+            write_head(temporary, family.name, describe, tensors, kinds, extra)
+            found = _write_body(temporary, tensors, kinds, extra, weights, updates)
+            if not found:
+                break
+            wide |= found  # rare: the file is written again with these tensors in a wider type
+        if wide:
+            notes.append(f"{len(wide)} tensor(s) hold values beyond {_LARGEST[qtype]:.6g} and are written wider than {dtype}")
     return ConvertReport(
-        path=str(out), architecture=gguf.MODEL_ARCH_NAMES[family.architecture], dtype=dtype, bytes=out.stat().st_size,
-        tensors=len(shapes), parameters=sum(map(prod, shapes.values())), merged=len(adapter),
-        tied=config.tie_word_embeddings, tokenizer=vocabulary.model, pre=vocabulary.pre, add_bos=vocabulary.add_bos,
+        path=str(out), architecture=family.name, dtype=dtype, bytes=out.stat().st_size,
+        tensors=len(tensors), parameters=sum(prod(t.shape) for t in tensors), merged=len(updates),
+        tied=tied, tokenizer=vocabulary.model, pre=vocabulary.pre, add_bos=vocabulary.add_bos,
         eos=vocabulary.special.get("eos"), eot=eot, seconds=time.perf_counter() - started,
+        wide={k: v.name for k, v in wide.items()}, notes=notes,
     )
 
 
-# --- the base -------------------------------------------------------------------------------------------------
+def convert_lora(base_dir: Path | str, out: Path | str, adapter_dir: Path | str, *, dtype: str = "f16", name: str | None = None) -> ConvertReport:
+    """Write the adapter alone as a GGUF LoRA, for llama.cpp's ``--lora`` beside a GGUF of the base.
 
+    llama.cpp multiplies every pair by ``adapter.lora.alpha`` over its rank: what an adapter scales otherwise (rslora,
+    alpha patterns) is put into that number or into B.
 
-def read_config(base_dir: Path) -> tuple[Family, object]:
-    """The base's family and its transformers configuration.
+    Args:
+        base_dir: folder of the base; its weights are looked at, not read.
+        out: the file to write; whole or absent.
+        adapter_dir: folder of PEFT's files.
 
     Raises:
-        UserError: no readable ``config.json``, an unknown architecture, quantized weights, or scaled RoPE.
+        UserError: as :func:`convert`, and for adapters that are more than low-rank updates (DoRA,
+            ``modules_to_save``, tied embeddings): those can only be merged.
     """
-    from transformers import AutoConfig
+    started = time.perf_counter()
+    base_dir, out = Path(base_dir), Path(out)
+    qtype, file_type = _known_type(dtype)
+    family, config, notes = read_config(base_dir)
+    weights, tied = open_weights(base_dir), config.tie_word_embeddings
+    base = expected_tensors(family, config)
+    check_weights(base_dir, weights, source_shapes(base), tied=tied)
+    adapter = _open_adapter(adapter_dir, base_dir, source_shapes(base), tied)
+    problems = [f"{n}: DoRA scales the whole tensor" for n, u in adapter.updates.items() if u.magnitude]
+    problems += [f"{n} is replaced as a whole (modules_to_save)" for n, u in adapter.updates.items() if u.replacement]
+    if tied:
+        problems += [f"{n} is tied in the base, llama.cpp has one tensor for both" for n in (EMBEDDINGS, OUTPUT) if n in adapter.updates]
+    raise_problems(problems, what=f"{adapter.path}: no LoRA file can say this", hint="Merge it: leave out --lora-only.")
+    first = next(iter(adapter.updates.values()))
+    alpha = first.scale * first.rank
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in base:
+        pairs = [adapter.updates.get(s) for s in tensor.sources]
+        if any(pairs):
+            a, b = lora_pair(tensor, pairs, alpha)
+            arrays |= {f"{tensor.name}.lora_a": a, f"{tensor.name}.lora_b": b}
+    wide = {n: Kind.F32 for n, x in arrays.items() if _too_large(n, float(np.min(x)), float(np.max(x)), qtype)}
+    tensors = [Tensor(n, x.shape, (n,)) for n, x in arrays.items()]
+    kinds = {n: wide.get(n, qtype) for n in arrays}
 
-    path = base_dir / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("there is no config.json", where=str(base_dir), hint="Name the folder of a model.") from None
-    except ValueError as error:
-        raise UserError(f"not a JSON file: {error}", where=str(path)) from None
-    architectures = raw.get("architectures") or [None]
-    if architectures[0] not in FAMILIES:
-        raise UserError(
-            f"the architecture {architectures[0]} is not known", where=f"{path} (architectures)",
-            hint=f"Known: {', '.join(FAMILIES)}.",
-        )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"the base's weights are quantized ({method})", where=f"{path} (quantization_config)",
-            hint="Convert from the full-precision checkpoint that the adapter was trained on.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"transformers cannot read the configuration: {error}", where=str(path)) from error
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"RoPE scaling {rope['rope_type']!r} is not supported yet", where=f"{path} (rope_parameters)",
-            hint="Supported: default.",
-        )
-    return FAMILIES[architectures[0]], config
+    def describe(writer) -> None:
+        writer.add_type("adapter")
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_file_type(file_type)
+        _write_general(writer, name or adapter.path.name, None, (), base_dir.name, ())
+
+    with _writing(out), atomic_path(out) as temporary:
+        write_head(temporary, family.name, describe, tensors, kinds, {})
+        with temporary.open("ab") as file:
+            for n, x in arrays.items():
+                import torch
+
+                _append(file, [_encode(torch.from_numpy(x), kinds[n])])
+    return ConvertReport(
+        path=str(out), architecture=family.name, dtype=dtype, bytes=out.stat().st_size, tensors=len(tensors),
+        parameters=sum(x.size for x in arrays.values()), merged=len(adapter.updates), tied=tied, tokenizer="", pre="",
+        add_bos=False, eos=None, eot=None, seconds=time.perf_counter() - started,
+        wide={k: v.name for k, v in wide.items()}, notes=notes,
+    )
 
 
-def read_tokenizer(base_dir: Path):
-    """The base's tokenizer, from the folder alone."""
+def lora_pair(tensor: Tensor, updates: Sequence[Update | None], alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one GGUF tensor, float32, as llama.cpp multiplies them: ``(r, in)`` and ``(out, r)``.
+
+    Experts are stacked (one without an update is zero); of embeddings A is ``(vocabulary, r)``.
+
+    Raises:
+        UserError: experts of one layer with updates of different ranks.
+    """
+    import torch
+
+    ranks = {u.rank for u in updates if u}
+    if len(ranks) > 1:
+        raise UserError(f"{tensor.name}: its experts' updates have the ranks {sorted(ranks)}; one rank is needed")
+    (rank,) = ranks
+    stacked = []
+    for update in updates:
+        if update is None:
+            stacked.append((torch.zeros(rank, tensor.source_shape[1]), torch.zeros(tensor.source_shape[0], rank)))
+            continue
+        a, b = update.a.rows().to(torch.float32), update.b.rows().to(torch.float32) * (update.scale * rank / alpha)
+        stacked.append((a.T.contiguous() if update.embedding else a, permute(b, tensor.heads)))
+    if len(updates) == 1:
+        return tuple(x.numpy() for x in stacked[0])
+    return tuple(torch.stack(x).numpy() for x in zip(*stacked, strict=True))
+
+
+# --- what goes in ---------------------------------------------------------------------------------------------
+
+
+def _known_type(dtype: str):
+    if dtype not in _TYPES:
+        raise UserError(f"dtype {dtype!r} is not known", hint=f"Known: {', '.join(_TYPES)}.")
+    return _TYPES[dtype]
+
+
+def _open_adapter(adapter_dir: Path | str | None, base_dir: Path, shapes: Mapping, tied: bool) -> Adapter | None:
+    if adapter_dir is None:
+        return None
+    adapter = read_adapter(Path(adapter_dir), shapes, tied)
+    check_lineage(adapter_dir, base_dir)
+    return adapter
+
+
+def read_tokenizer(folder: Path):
+    """A folder's tokenizer, from its files alone.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"transformers cannot read the tokenizer: {error}", where=str(base_dir),
-            hint="The folder needs tokenizer.json and tokenizer_config.json.",
+            f"transformers cannot read the tokenizer: {error}", where=str(folder),
+            hint="The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json.",
         ) from error
 
 
-def head_dim(config) -> int:
-    """Columns of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def read_card(folder: Path) -> dict:
+    """The settings at the head of a model card (README.md): ``license``, ``datasets`` …; empty where there are none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        card = yaml.safe_load(head[1]) if head else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    card = card if isinstance(card, dict) else {}
+    datasets = card.get("datasets")
+    return {
+        "license": card["license"] if isinstance(card.get("license"), str) else None,
+        "datasets": [d for d in datasets if isinstance(d, str)] if isinstance(datasets, list) else [],
+    }
 
 
-def expected_tensors(family: Family, config) -> dict[str, tuple[int, ...]]:
-    """The tensors that a model of this configuration has, in the order they are written, with their shapes."""
-    width, ffn, head = config.hidden_size, config.intermediate_size, head_dim(config)
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-    attention_bias = family.qkv_bias or getattr(config, "attention_bias", False)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (width,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, width)
-            if attention_bias:
-                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, q)
-        if getattr(config, "attention_bias", False) and not family.qkv_bias:
-            shapes[f"{layer}.self_attn.o_proj.bias"] = (width,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
-        for name, shape in (("gate", (ffn, width)), ("up", (ffn, width)), ("down", (width, ffn))):
-            shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
-            if getattr(config, "mlp_bias", False):
-                shapes[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (width,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
-    return shapes
+def source_shapes(tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """The tensors that the checkpoint must have, with their shapes."""
+    return {source: t.source_shape for t in tensors for source in t.sources}
 
 
-def open_weights(base_dir: Path, stack: ExitStack) -> dict[str, object]:
-    """Open all safetensors files of a checkpoint; returns which open file holds each tensor.
+def check_weights(base_dir: Path, weights: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Compare the tensors of a checkpoint with the expected ones, all problems at once.
 
     Raises:
-        UserError: no safetensors file, a file that the index names but is missing, or a damaged one.
+        UserError: bitsandbytes-quantized weights; tensors missing, unexpected, misshapen, or no 16- or 32-bit floats.
     """
-    index = base_dir / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"not a safetensors index: {error!r}", where=str(index)) from None
-    else:
-        files = ["model.safetensors"]
-    missing = [f for f in files if not (base_dir / f).is_file()]
-    raise_problems(
-        [f"{base_dir / f} is missing" for f in missing], what="weights",
-        hint="The kit reads safetensors only: model.safetensors, or shards with model.safetensors.index.json.",
-    )
-    weights: dict[str, object] = {}
-    for name in files:
-        file = open_safetensors(base_dir / name, stack)
-        weights |= dict.fromkeys(file.keys(), file)
-    return weights
-
-
-def open_safetensors(path: Path, stack: ExitStack):
-    """Open one safetensors file; a damaged one raises :class:`UserError`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not a whole safetensors file: {error}", where=str(path), hint="Copy or download the file again."
-        ) from None
-
-
-def check_weights(base_dir: Path, weights: dict, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Compare the tensors of a checkpoint with the expected ones, all problems at once."""
     bnb = [n for n in weights if _BNB.search(n)]
     if bnb:
         raise UserError(
@@ -296,148 +321,147 @@ def check_weights(base_dir: Path, weights: dict, shapes: dict[str, tuple[int, ..
             hint="Convert from the full-precision checkpoint that the adapter was trained on.",
         )
     problems = [f"{n} is missing" for n in shapes if n not in weights]
-    allowed = {"lm_head.weight"} if tied else set()
+    allowed = {OUTPUT} if tied else set()
     problems += [
         f"{n} is not expected" for n in weights
         if n not in shapes and n not in allowed and not n.endswith("rotary_emb.inv_freq")
     ]
     for n, shape in shapes.items():
-        if n not in weights:
+        found = weights.get(n)
+        if found is None:
             continue
-        found = weights[n].get_slice(n)
-        if tuple(found.get_shape()) != shape:
-            problems.append(f"{n} has shape {tuple(found.get_shape())}, the configuration says {shape}")
-        elif found.get_dtype() not in ("F32", "F16", "BF16"):
-            problems.append(f"{n} has type {found.get_dtype()}; F32, F16 or BF16 is needed")
+        if found.shape != shape:
+            problems.append(f"{n} has shape {found.shape}, the configuration says {shape}")
+        elif found.dtype not in FLOATS:
+            problems.append(f"{n} has type {found.dtype}; F32, F16 or BF16 is needed")
     raise_problems(problems, what=f"{base_dir}: the weights do not fit config.json")
 
 
-def read_tensor(file, name: str) -> np.ndarray:
-    """One tensor of an open safetensors file, float32."""
-    import torch
-
-    return file.get_tensor(name).to(torch.float32).numpy()
+# --- what comes out -------------------------------------------------------------------------------------------
 
 
-def permute(array: np.ndarray, name: str, config) -> np.ndarray:
-    """Reorder the rows of q and k: row i and row i + head/2 of each head become neighbours."""
-    match = re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
-    if not match:
-        return array
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-
-
-def check_range(array: np.ndarray, name: str, dtype: str) -> None:
-    """Refuse values that would become infinities, and such that already are."""
-    largest = float(np.max(np.abs(array)))
-    if not np.isfinite(largest):
-        raise UserError(f"{name} holds NaN or infinite values", hint="The checkpoint or the adapter is damaged.")
-    if largest > _LARGEST[dtype]:
+@contextmanager
+def _writing(out: Path):
+    try:
+        yield
+    except OSError as error:
         raise UserError(
-            f"{name} holds values up to {largest:.6g}, {dtype} ends at {_LARGEST[dtype]:.6g}",
-            hint="Convert with dtype bf16 or f32.",
-        )
+            f"could not be written: {error.strerror or error}", where=str(out),
+            hint="Free some space, or write to another disk. What was there before is unchanged.",
+        ) from error
 
 
-# --- the adapter ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoraUpdate:
-    """``scale · B A`` of one tensor: B ``(out, r)``, A ``(r, in)``, float32."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-    def update(self) -> np.ndarray:
-        """The update ``(out, in)``."""
-        return (self.b @ self.a) * np.float32(self.scale)
-
-
-def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, LoraUpdate]:
-    """Read a PEFT LoRA adapter; keys are the base's tensor names.
+def write_head(
+    path: Path, architecture: str, describe: Callable, tensors: Sequence[Tensor], kinds: Mapping[str, Kind], extra: Mapping[str, np.ndarray]
+) -> None:
+    """Write everything before the tensors' data, padded to where the data begins.
 
     Raises:
-        UserError: not a LoRA adapter, a kind of LoRA that is not supported, or one for another base.
+        UserError: the disk has less room than the whole file needs.
     """
-    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    writer = gguf.GGUFWriter(path, architecture)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("there is no adapter_config.json", where=str(folder), hint="Name a PEFT adapter's folder.") from None
-    except ValueError as error:
-        raise UserError(f"not a JSON file: {error}", where=str(config_path)) from None
-    unsupported = {
-        f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
-        "DoRA (use_dora)": config.get("use_dora"),
-        f"modules_to_save {config.get('modules_to_save')}": config.get("modules_to_save"),
-        "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-        "QALoRA": config.get("use_qalora"),
-        "trainable_token_indices": config.get("trainable_token_indices"),
-    }
-    raise_problems(
-        [f"{what} is not supported" for what, there in unsupported.items() if there],
-        what=str(config_path), hint="Supported: LoRA on linear layers (rslora, alpha and rank patterns).",
-    )
-    problems, pairs = [], {}
-    with ExitStack() as stack:
-        file = open_safetensors(path, stack)
-        for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-            if not match:
-                problems.append(f"{key} is not a LoRA matrix of a linear layer")
-                continue
-            pairs.setdefault(match[1], {})[match[2]] = read_tensor(file, key)
-    updates = {}
-    for module, pair in pairs.items():
-        name = f"{module}.weight"
-        if set(pair) != {"A", "B"}:
-            problems.append(f"{module} has lora_{min(pair)} only")
-            continue
-        a, b = pair["A"], pair["B"]
-        rank = _pattern(config.get("rank_pattern"), module, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        update = (b.shape[0], a.shape[1])
-        if name not in shapes:
-            tie = " (it is tied to the embeddings)" if tied and module == "lm_head" else ""
-            problems.append(f"the base has no {name}{tie}")
-        elif len(shapes[name]) != 2 or "embed_tokens" in name:
-            problems.append(f"{name} is not a linear layer")
-        elif update != shapes[name]:
-            problems.append(f"{name}: the adapter's update is {update}, the base's tensor {shapes[name]}")
-        elif not a.shape[0] == b.shape[1] == rank:
-            problems.append(f"{module}: ranks {a.shape[0]} (A), {b.shape[1]} (B) and {rank} (adapter_config.json) differ")
-        else:
-            updates[name] = LoraUpdate(a, b, alpha / (sqrt(rank) if config.get("use_rslora") else rank))
-    raise_problems(
-        problems, what=f"{path}: the adapter does not fit the base",
-        hint=f"It was trained on {config.get('base_model_name_or_path')!r}.",
-    )
-    if not updates:
-        raise UserError("the adapter holds no weights", where=str(path))
-    return updates
+        describe(writer)
+        sizes = [(n, x.shape, Kind.F32) for n, x in extra.items()]
+        sizes += [(t.name, t.shape, kinds[t.name]) for t in tensors]
+        for name, shape, kind in sizes:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) * _BYTES[kind], raw_dtype=kind)
+        need = sum(prod(shape) * _BYTES[kind] for _, shape, kind in sizes)
+        free = shutil.disk_usage(path.parent).free
+        if free < need:
+            raise UserError(
+                f"the file needs {need / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free", where=str(path.parent),
+                hint="Free some space, or write to another disk.",
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    finally:
+        writer.close()
 
 
-def _pattern(patterns: dict | None, module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the end of the module's name, as a regular expression."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _write_body(
+    path: Path, tensors: Sequence[Tensor], kinds: Mapping[str, Kind], extra: Mapping[str, np.ndarray],
+    weights: Mapping[str, Stored], updates: Mapping[str, Update],
+) -> dict[str, Kind]:
+    """Append the tensors' data; returns the tensors that their type cannot hold, after which the file is worthless."""
+    found: dict[str, Kind] = {}
+    with progress() as bar, path.open("ab") as file:
+        task = bar.add_task("convert", total=len(tensors), note="")
+        for array in extra.values():
+            _append(file, [array])
+        for tensor in tensors:
+            _append(file, _pieces(tensor, kinds[tensor.name], weights, updates, found))
+            bar.advance(task)
+    return found
 
 
-# --- metadata -------------------------------------------------------------------------------------------------
+def _pieces(tensor: Tensor, kind: Kind, weights: Mapping[str, Stored], updates: Mapping[str, Update], found: dict[str, Kind]):
+    """The tensor's data, a few rows at a time; nothing more where a value was too large before."""
+    import torch
+
+    number = tensor.source_shape[0]
+    unit = number // tensor.heads if tensor.heads else 1
+    step = max(1, CHUNK // (unit * prod(tensor.source_shape[1:]))) * unit
+    for source in tensor.sources:
+        update = updates.get(source)
+        rows_of = merger(update, weights[source], step) if update else weights[source].rows
+        for start in range(0, number, step):
+            rows = rows_of(start, min(start + step, number))
+            low, high = (float(x) for x in torch.aminmax(rows))
+            if _too_large(source, low, high, kind):
+                exact = weights[source].dtype == "BF16" and update is None
+                found[tensor.name] = Kind.BF16 if exact and found.get(tensor.name) is not Kind.F32 else Kind.F32
+            if not found:
+                yield _encode(permute(rows, tensor.heads, unit), kind)
 
 
-def _write_metadata(writer, config, file_type, name, licence, languages, base_model) -> None:
-    writer.add_type("model")
+def _append(file, pieces) -> None:
+    """Write arrays one after the other and pad what they come to."""
+    written = 0
+    for piece in pieces:
+        written += file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+    file.write(b"\0" * (-written % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def permute(rows, heads: int, size: int = 0):
+    """Reorder the rows of whole heads: row i and row i + half of each head become neighbours.
+
+    Args:
+        rows: ``(n · size, …)``.
+        heads: 0 leaves the rows as they are.
+        size: rows of a head; 0: all rows over ``heads``.
+    """
+    if not heads:
+        return rows
+    size = size or rows.shape[0] // heads
+    halves = rows.reshape(rows.shape[0] // size, 2, size // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def _encode(rows, kind: Kind) -> np.ndarray:
+    import torch
+
+    if kind is Kind.BF16:
+        return rows.to(torch.bfloat16).view(torch.int16).numpy()
+    return rows.to(torch.float16 if kind is Kind.F16 else torch.float32).numpy()
+
+
+def _too_large(name: str, low: float, high: float, kind: Kind) -> bool:
+    """Whether values would become infinities.
+
+    Raises:
+        UserError: some already are, or are NaN.
+    """
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError(f"{name} holds NaN or infinite values", hint="The checkpoint or the adapter is damaged.")
+    return max(-low, high) > _LARGEST[kind]
+
+
+def _write_general(writer, name, licence, languages, base_model, datasets) -> None:
     writer.add_name(name)
     writer.add_quantized_by("tsugiki")
-    writer.add_file_type(file_type)
     if licence:
         writer.add_license(licence)
     if languages:
@@ -445,15 +469,7 @@ def _write_metadata(writer, config, file_type, name, licence, languages, base_mo
     if base_model:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base_model)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim(config))
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if datasets:
+        writer.add_dataset_count(len(datasets))
+        for i, dataset in enumerate(datasets):
+            writer.add_dataset_name(i, dataset)
