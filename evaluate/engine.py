@@ -10,9 +10,7 @@ from __future__ import annotations
 import codecs
 import ctypes
 import hashlib
-import mmap
 import os
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,130 +19,21 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
 
 from tsugiki.errors import UserError
+from tsugiki.evaluate import decoding
+from tsugiki.evaluate.decoding import Generation, Likelihood, log_sum_exp
+from tsugiki.evaluate.gguf_file import check_gguf
 from tsugiki.machine import cpu_count
 from tsugiki.samples import EncodedSample
 
+__all__ = ["BATCH", "Engine", "Generation", "Likelihood", "Speed", "check_gguf", "log_sum_exp", "thread_count", "token_nll"]
+
 LOGIT_BYTES = 64 << 20  # of float32 logits that one decode call may return: 2,700 rows of a vocabulary of 6,144
+CELLS = 4096  # of KV memory at least, where the engine chooses
+SPARE = 64  # sequences for prefixes beside the requests under way, and for short continuations of one batch
+KV_BYTES = 2 << 30  # of KV memory at most for more than one sequence, where the engine chooses
 BATCH = 256  # tokens in one decode call: attention in a unified cache grows with the neighbours in a batch
-
-# --- the file, before native code sees it -----------------------------------------------------------------------
-
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's plain value types
-_STRING, _ARRAY = 8, 9
-
-
-class _Reader:
-    """Walks over the header; every step that would leave the file is an error."""
-
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
-
-    def skip(self, n: int) -> int:
-        start, self.at = self.at, self.at + n
-        if self.at > len(self.data):
-            raise EOFError
-        return start
-
-    def number(self, form: str = "<Q") -> int:
-        start = self.skip(struct.calcsize(form))
-        return struct.unpack_from(form, self.data, start)[0]
-
-    def string(self) -> bytes:
-        n = self.number()
-        start = self.skip(n)
-        return self.data[start : start + n]
-
-    def value(self, kind: int, depth: int = 0) -> int:
-        """Skip one value; return a small number's value (the alignment is one), else 0."""
-        if kind == _STRING:
-            self.skip(self.number())
-        elif kind == _ARRAY and depth < 2:
-            inner, n = self.number("<I"), self.number()
-            if inner in _SIZES:
-                self.skip(n * _SIZES[inner])
-            else:
-                for _ in range(n):
-                    self.value(inner, depth + 1)
-        elif kind == 4:
-            return self.number("<I")
-        elif kind in _SIZES:
-            self.skip(_SIZES[kind])
-        else:
-            raise ValueError(f"a value of the unknown type {kind}")
-        return 0
-
-
-def check_gguf(path: Path | str) -> None:
-    """Refuse a file that is no whole GGUF, reading its header alone (0.2 s for a vocabulary of 150,000).
-
-    Raises:
-        UserError: the file is missing, empty, not a GGUF, damaged, or shorter than its header says.
-    """
-    path = Path(path)
-    again = "Make or copy the file again."
-    if not path.is_file():
-        raise UserError("there is no such file", where=str(path), hint="Give the path of a .gguf file.")
-    size = path.stat().st_size
-    if size < 24:
-        raise UserError(f"not a GGUF file: {size} bytes, a header alone has 24", where=str(path), hint=again)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise UserError(
-                f"not a GGUF file: it begins with {data[:4]!r}, not b'GGUF'",
-                where=str(path),
-                hint="Convert a Hugging Face folder first: tsugiki quantize convert.",
-            )
-        reader = _Reader(data)
-        reader.at = 4
-        version = reader.number("<I")
-        if version not in (2, 3):
-            raise UserError(f"GGUF version {version}; versions 2 and 3 are known", where=str(path), hint=again)
-        try:
-            end = _announced_size(reader)
-        except EOFError:
-            raise UserError(
-                f"truncated or damaged: the header runs past the end of the file at {size:,} bytes",
-                where=str(path),
-                hint=again,
-            ) from None
-        except ValueError as error:
-            raise UserError(f"damaged: the header holds {error}", where=str(path), hint=again) from None
-    if end > size:
-        raise UserError(
-            f"truncated: the header announces {end:,} bytes, the file has {size:,}", where=str(path), hint=again
-        )
-
-
-def _announced_size(reader: _Reader) -> int:
-    """Bytes of a whole file: where its last tensor ends."""
-    tensors, pairs, alignment = reader.number(), reader.number(), 32
-    for _ in range(pairs):
-        key = reader.string()
-        value = reader.value(reader.number("<I"))
-        if key == b"general.alignment":
-            alignment = value
-    if alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"an alignment of {alignment}, not a power of two")
-    end = 0
-    for _ in range(tensors):
-        name = reader.string()
-        dimensions = reader.number("<I")
-        if dimensions > 4:
-            raise ValueError(f"a tensor of {dimensions} dimensions: {name[:40]!r}")
-        shape = [reader.number() for _ in range(dimensions)]
-        kind, offset = reader.number("<I"), reader.number()
-        if kind not in GGML_QUANT_SIZES:
-            raise ValueError(f"a tensor of the unknown type {kind}: {name[:40]!r}")
-        block, nbytes = GGML_QUANT_SIZES[kind]
-        count = 1
-        for n in shape:
-            count *= n
-        end = max(end, offset + count // block * nbytes)
-    return -(-reader.at // alignment) * alignment + end
-
 
 # --- the engine -------------------------------------------------------------------------------------------------
 
@@ -181,21 +70,6 @@ def thread_count(path: Path | str) -> int:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One generated answer.
-
-    Attributes:
-        ids: the generated ids, without the id that stopped it.
-        finished: ``stop`` (a stop id came), ``length`` (``max_new_tokens`` reached) or ``context`` (no room left).
-        seconds: from its admission to the batch until its last token; it shares that time with its neighbours.
-    """
-
-    ids: list[int]
-    finished: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Speed:
     """Single-stream speed, tokens per second."""
 
@@ -209,12 +83,13 @@ class Engine:
     Args:
         path: the file.
         n_ctx: cells of the KV memory, shared by all sequences of a batch; one sequence may use all of them, up to
-            the length that the model was trained for.
+            the length that the model was trained for. ``None``: as many as a call's requests need, at least
+            4,096, for more than one sequence at most ``KV_BYTES``.
         n_seq_max: sequences decoded together.
         separate: give each sequence ``n_ctx / n_seq_max`` cells of its own. Attention then reads one sequence's
             cells, not everybody's: for many sequences of one length, twice as fast at 32 of 200 tokens.
         n_threads: CPU threads; ``None`` takes :func:`thread_count`.
-        n_gpu_layers: layers on the GPU (all: −1); it has no effect on a CPU build.
+        n_gpu_layers: layers on the GPU (all: −1). ``None``: all, where llama.cpp was built for a GPU.
         flash_attention: let llama.cpp choose its fused attention, as its own programs do. On a CPU it sums in
             half precision, in one way for few tokens and in another for many, so that a sample's likelihood
             depends on its batch (seen: 5e-3 nats, against 8e-4 without): off for scores, on for speed.
@@ -226,7 +101,8 @@ class Engine:
         context: the most tokens of one sequence.
         bos, eos, eot: special ids; −1 where the file names none.
         metadata: the file's plain key-value pairs, as text.
-        load_seconds: opening the file and the context.
+        load_seconds: opening the file, and the context where ``n_ctx`` is given.
+        decoded_tokens: tokens decoded since the engine was opened.
 
     Raises:
         UserError: the file is missing, broken or not supported by this llama.cpp, with llama.cpp's reason.
@@ -236,10 +112,10 @@ class Engine:
         self,
         path: Path | str,
         *,
-        n_ctx: int = 4096,
+        n_ctx: int | None = None,
         n_seq_max: int = 16,
         n_threads: int | None = None,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
         flash_attention: bool = False,
         separate: bool = False,
         type_k: int | None = None,
@@ -250,9 +126,9 @@ class Engine:
         check_gguf(self.path)
         _start()
         started = time.perf_counter()
-        threads = n_threads or thread_count(self.path)
+        offload = llama_cpp.llama_supports_gpu_offload()
         model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = n_gpu_layers
+        model_params.n_gpu_layers = (-1 if offload else 0) if n_gpu_layers is None else n_gpu_layers
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             # seen: quantized weights repacked for AMX tiles crash llama_decode on a virtual Sapphire Rapids
             model_params.use_extra_bufts = False
@@ -260,10 +136,20 @@ class Engine:
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
         if not self._model:
             raise UserError(f"llama.cpp cannot load it: {_reason()}", where=str(self.path))
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx, n_seq_max
-        params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
-        params.n_threads = params.n_threads_batch = threads
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.bos = llama_cpp.llama_vocab_bos(self._vocab)
+        self.eos = llama_cpp.llama_vocab_eos(self._vocab)
+        self.eot = llama_cpp.llama_vocab_eot(self._vocab)
+        self.width, self.separate, self.decoded_tokens = n_seq_max, separate, 0
+        self._pieces: dict[int, bytes] = {}
+        self._n_seq_max, self._grows = n_seq_max, n_ctx is None
+        # a unified memory holds prefixes as sequences beside those under way; the number costs it nothing
+        self.sequences = n_seq_max if separate else min(llama_cpp.llama_max_parallel_sequences(), n_seq_max + SPARE)
+        trained = llama_cpp.llama_model_n_ctx_train(self._model)
+        params = self._params = llama_cpp.llama_context_default_params()
+        params.n_seq_max = self.sequences
+        params.n_threads = params.n_threads_batch = n_threads or thread_count(self.path)
         params.kv_unified = not separate  # unified: the sequences share the cells, whatever their lengths
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash_attention else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -273,22 +159,69 @@ class Engine:
             params.type_k = type_k
         if type_v is not None:
             params.type_v = type_v
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if n_ctx is None:
+            self.context = trained or CELLS
+        else:
+            self._open_context(n_ctx)
+            longest = llama_cpp.llama_n_ctx_seq(self._context)
+            self.context = min(longest, trained or longest)
+        self.load_seconds = time.perf_counter() - started
+
+    def _open_context(self, n_ctx: int) -> None:
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        self._params.n_ctx = n_ctx
+        self._params.n_batch = self._params.n_ubatch = min(BATCH, n_ctx)
+        self._context = llama_cpp.llama_init_from_model(self._model, self._params)
         if not self._context:
             self.close()
             raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens: {_reason()}", where=str(self.path))
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._room = llama_cpp.llama_n_ctx(self._context)
-        self._n_seq_max, self._n_batch = n_seq_max, params.n_batch
-        longest = llama_cpp.llama_n_ctx_seq(self._context)
-        self.context = min(longest, llama_cpp.llama_model_n_ctx_train(self._model) or longest)
-        self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.bos = llama_cpp.llama_vocab_bos(self._vocab)
-        self.eos = llama_cpp.llama_vocab_eos(self._vocab)
-        self.eot = llama_cpp.llama_vocab_eot(self._vocab)
+        self._n_batch = self._params.n_batch
         self._make_batch()
-        self.load_seconds = time.perf_counter() - started
+
+    def reserve(self, each: int, most: int | None = None) -> None:
+        """Make room, where ``n_ctx`` left it to the engine.
+
+        Args:
+            each: cells that one sequence needs at most.
+            most: cells that all sequences could use together; they get no more than ``KV_BYTES``.
+        """
+        if not self._grows:
+            return
+        if self.separate:
+            cells = -(-each // 256) * 256 * self._n_seq_max
+        else:
+            cells = max(each, min(max(most or 0, CELLS), KV_BYTES // self._cell_bytes()))
+        if not self._context or cells > self._room:
+            self._open_context(-(-cells // 256) * 256)
+
+    def _cell_bytes(self) -> int:
+        """Bytes of one cell, keys and values of all layers; F32 is assumed."""
+        model = self._model
+        heads = llama_cpp.llama_model_n_head_kv(model) / max(1, llama_cpp.llama_model_n_head(model))
+        return max(1, int(8 * heads * llama_cpp.llama_model_n_embd(model) * llama_cpp.llama_model_n_layer(model)))
+
+    @property
+    def memory(self) -> int:
+        """llama.cpp's handle of the KV memory."""
+        return self._memory
+
+    @property
+    def cells(self) -> int:
+        """Cells of the KV memory."""
+        return self._room
+
+    @property
+    def batch(self) -> int:
+        """Tokens that one decode call may take."""
+        return self._n_batch
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows of logits that one decode call may return."""
+        return max(1, LOGIT_BYTES // (4 * self.vocab_size))
 
     def __enter__(self) -> Engine:
         return self
@@ -306,7 +239,8 @@ class Engine:
 
     def clear(self) -> None:
         """Forget every decoded token."""
-        llama_cpp.llama_memory_clear(self._memory, False)
+        if self._context:
+            llama_cpp.llama_memory_clear(self._memory, False)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -347,11 +281,12 @@ class Engine:
             logits=pointer("logits", self._flag),
         )
 
-    def _decode(self, token, pos, seq, flag) -> np.ndarray:
+    def decode(self, token, pos, seq, flag) -> np.ndarray:
         """Decode up to a batch of tokens; a view ``(flagged, V)`` of the logits, valid until the next call."""
         n = len(token)
         self._token[:n], self._pos[:n], self._seq[:n], self._flag[:n] = token, pos, seq, flag
         self._batch.n_tokens = n
+        self.decoded_tokens += n
         code = llama_cpp.llama_decode(self._context, self._batch)
         if code:
             raise RuntimeError(f"llama_decode returned {code} for {n} tokens of {self.path.name}: {_reason()}")
@@ -360,7 +295,9 @@ class Engine:
             return np.empty((0, self.vocab_size), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (rows, self.vocab_size))
 
-    def _check(self, what: Sequence[tuple[str, list[int]]]) -> None:
+    _decode = decode
+
+    def check_ids(self, what: Sequence[tuple[str, list[int]]]) -> None:
         """Refuse ids outside the vocabulary and sequences longer than the context."""
         for name, ids in what:
             if len(ids) > self.context:
@@ -395,7 +332,9 @@ class Engine:
             if not s.prompt_ids or not s.completion_ids:
                 raise UserError(f"sample {s.id!r} has {len(s.prompt_ids)} prompt and {len(s.completion_ids)} "
                                 "completion tokens; each needs at least 1")
-        self._check([(f"sample {s.id!r}", s.ids) for s in samples])
+        self.check_ids([(f"sample {s.id!r}", s.ids) for s in samples])
+        longest = max((len(s.ids) for s in samples), default=1)
+        self.reserve(longest, max(longest, BATCH))
         for group in self._groups(samples):
             self.clear()
             token, pos, seq, flag, rows = [], [], [], [], []
@@ -408,12 +347,12 @@ class Engine:
                 flag += [0] * first + [1] * (n - first)
                 rows += [(index, c, t) for c, t in enumerate(s.completion_ids)]
             seen = np.cumsum(flag)
-            most = max(1, LOGIT_BYTES // (4 * self.vocab_size))
+            most = self.logit_rows
             start = done = 0
             while start < len(token):
                 end = min(start + self._n_batch, int(np.searchsorted(seen, done + most, "right")))
                 part = slice(start, end)
-                logits = self._decode(token[part], pos[part], seq[part], flag[part])
+                logits = self.decode(token[part], pos[part], seq[part], flag[part])
                 if len(logits):
                     yield np.array(rows[done : done + len(logits)]), logits
                 start, done = end, done + len(logits)
@@ -462,83 +401,78 @@ class Engine:
 
     # --- generation ---------------------------------------------------------------------------------------------
 
+    def loglikelihood(
+        self,
+        requests: Sequence[tuple[list[int], list[int]]],
+        *,
+        truncate: str = "error",
+        share: bool = True,
+        on_done: Callable[[int], None] | None = None,
+        on_result: Callable[[int, Likelihood], None] | None = None,
+    ) -> list[Likelihood]:
+        """Log-likelihoods of continuations; what the requests' tokens share is decoded once.
+
+        Args:
+            requests: ``(context, continuation)`` ids, at least one each: an empty context needs BOS or EOS.
+            truncate: ``error``, or ``left`` to cut an over-long context from its left; the cut is counted.
+            share: ``False`` decodes each request for itself.
+            on_done: called with the number of finished requests.
+            on_result: called with a request's index and its result as soon as it is there.
+
+        Returns:
+            One :class:`Likelihood` a request, in input order.
+
+        Raises:
+            UserError: an empty context or continuation, a request longer than the context, ids outside the
+                vocabulary, logits that are not finite.
+        """
+        return decoding.loglikelihood(self, requests, truncate=truncate, share=share, on_done=on_done,
+                                      on_result=on_result)
+
     def generate(
         self,
         prompts: Sequence[list[int]],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         stop_ids: Iterable[int],
+        stop_strings: Sequence[str] | Sequence[Sequence[str]] = (),
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
+        truncate: str = "error",
+        share: bool = True,
         on_done: Callable[[int], None] | None = None,
+        on_result: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
         """Answer prompts, several at a time; a finished answer's place goes to the next prompt at once.
 
         Args:
-            prompts: token ids, at least one each.
+            prompts: token ids, at least one each; what they share is decoded once.
+            max_new_tokens: the longest answer, for all prompts or one by one.
             stop_ids: ids that end an answer (the end-of-turn token).
+            stop_strings: texts that end an answer, for all prompts or one list a prompt. They may straddle tokens;
+                one that is a special token's text ends the answer at that token.
             temperature: 0 takes the most probable token (the lowest id among equals); above, samples are drawn
                 by a generator of each prompt's own, seeded with ``(seed, index)``.
-            on_done: called with the prompt's index when its answer is finished.
+            top_p: the probability that sampling keeps, from the most probable id down.
+            truncate: ``error``, or ``left`` to cut an over-long prompt from its left, so that the whole answer
+                has room; the cut is counted.
+            share: ``False`` decodes each prompt for itself.
+            on_done: called with the number of finished answers.
+            on_result: called with a prompt's index and its answer as soon as it is there.
 
         Returns:
             One :class:`Generation` a prompt, in input order.
 
         Raises:
-            UserError: an empty prompt, or one that leaves no room for a token in the context.
+            UserError: an empty prompt, one that leaves no room for a token in the context, ids outside the
+                vocabulary.
         """
-        self._check([(f"prompt {i}", [*p, 0]) for i, p in enumerate(prompts)])
-        if empty := [i for i, p in enumerate(prompts) if not p]:
-            raise UserError(f"prompt {empty[0]} is empty ({len(empty)} of {len(prompts)} are)")
-        self.clear()
-        stops, results = frozenset(stop_ids), [None] * len(prompts)
-        waiting = deque(range(len(prompts)))
-        free, active, reserved = list(range(self._n_seq_max))[::-1], [], 0
-        while waiting or active:
-            while waiting and free:
-                prompt = prompts[waiting[0]]
-                cells = min(len(prompt) + max_new_tokens, self.context)
-                if reserved + cells > self._room:
-                    break
-                index = waiting.popleft()
-                rng = np.random.default_rng((seed, index)) if temperature > 0 else None
-                active.append(_Slot(index, free.pop(), cells, list(prompt), rng))
-                reserved += cells
-            token, pos, seq, flag, ready = [], [], [], [], []
-            # answers under way first: one token each; the rest of the batch goes to prompts
-            for slot in sorted(active, key=lambda a: len(a.feed) > 1):
-                n = min(len(slot.feed), self._n_batch - len(token))
-                if not n:
-                    break
-                token += slot.feed[:n]
-                pos += range(slot.done, slot.done + n)
-                seq += [slot.seq] * n
-                del slot.feed[:n]
-                slot.done += n
-                flag += [0] * (n - 1) + [int(not slot.feed)]
-                if not slot.feed:
-                    ready.append(slot)
-            logits = self._decode(token, pos, seq, flag)
-            for slot, picked in zip(ready, _pick(logits, temperature, [s.rng for s in ready]), strict=True):
-                finished = ""
-                if picked in stops:
-                    finished = "stop"
-                else:
-                    slot.ids.append(picked)
-                    slot.feed.append(picked)
-                    if len(slot.ids) == max_new_tokens:
-                        finished = "length"
-                    elif slot.done >= self.context:
-                        finished = "context"
-                if finished:
-                    results[slot.index] = Generation(slot.ids, finished, time.perf_counter() - slot.started)
-                    llama_cpp.llama_memory_seq_rm(self._memory, slot.seq, -1, -1)
-                    active.remove(slot)
-                    free.append(slot.seq)
-                    reserved -= slot.cells
-                    if on_done:
-                        on_done(slot.index)
-        return results
+        return decoding.generate(
+            self, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop_strings=stop_strings,
+            temperature=temperature, top_p=top_p, seed=seed, truncate=truncate, share=share, on_done=on_done,
+            on_result=on_result,
+        )
 
     def stream(
         self,
@@ -555,7 +489,8 @@ class Engine:
         """
         if not prompt:
             raise UserError("the prompt is empty")
-        self._check([("the prompt", [*prompt, 0])])
+        self.check_ids([("the prompt", [*prompt, 0])])
+        self.reserve(min(len(prompt) + max_new_tokens, self.context))
         self.clear()
         stops, rng = frozenset(stop_ids), np.random.default_rng((seed, 0))
         feed, done = list(prompt), 0
@@ -564,9 +499,9 @@ class Engine:
                 part = feed[start : start + self._n_batch]
                 last = start + len(part) == len(feed)
                 flag = [0] * (len(part) - 1) + [int(last)]
-                logits = self._decode(part, range(done, done + len(part)), 0, flag)
+                logits = self.decode(part, range(done, done + len(part)), 0, flag)
                 done += len(part)
-            picked = _pick(logits, temperature, [rng])[0]
+            picked = decoding.sample(logits, temperature, 1.0, [rng])[0] if temperature > 0 else int(logits[0].argmax())
             if picked in stops:
                 return
             yield picked
@@ -580,6 +515,7 @@ class Engine:
         the repeats (fewer than asked for once they have taken 10 s).
         """
         prompt_tokens, gen_tokens = min(prompt_tokens, self.context), min(gen_tokens, self.context)
+        self.reserve(max(prompt_tokens, gen_tokens))
         ids = np.random.default_rng(0).integers(0, self.vocab_size, max(prompt_tokens, gen_tokens))
 
         def run(n: int, step: int) -> float:
@@ -589,7 +525,7 @@ class Engine:
                 part = ids[start : min(start + step, n)]
                 flag = np.zeros(len(part), np.int8)
                 flag[-1] = start + step >= n or step == 1
-                self._decode(part, np.arange(start, start + len(part)), 0, flag)
+                self.decode(part, np.arange(start, start + len(part)), 0, flag)
             return time.perf_counter() - started
 
         def rate(n: int, step: int) -> float:
@@ -630,13 +566,20 @@ class Engine:
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, perhaps a part of a character; nothing for a special token."""
+        if (known := self._pieces.get(token)) is not None:
+            return known
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
             n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
             if n >= 0:
-                return buffer.raw[:n]
+                return self._pieces.setdefault(token, buffer.raw[:n])
             size = -n
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token whose text this is, or ``None``."""
+        ids = self.tokenize(text) if text else []
+        return ids[0] if len(ids) == 1 and llama_cpp.llama_vocab_is_control(self._vocab, ids[0]) else None
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are dropped, bytes that are no UTF-8 become U+FFFD."""
@@ -652,39 +595,8 @@ class Engine:
             yield text
 
 
-@dataclass
-class _Slot:
-    """One answer under way: ``feed`` holds the ids still to decode, ``done`` counts the decoded ones."""
-
-    index: int
-    seq: int
-    cells: int
-    feed: list[int]
-    rng: np.random.Generator | None
-    done: int = 0
-
-    def __post_init__(self):
-        self.ids: list[int] = []
-        self.started = time.perf_counter()
-
-
-def _pick(logits: np.ndarray, temperature: float, rngs: list) -> list[int]:
-    if temperature <= 0:
-        return logits.argmax(axis=1).tolist()
-    weights = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
-    # one uniform number in (0, 1] a row, looked up in the cumulative weights: a token of weight 0 is never drawn
-    total = weights.cumsum(axis=1, dtype=np.float64)
-    return [int(row.searchsorted((1 - rng.random()) * row[-1])) for row, rng in zip(total, rngs, strict=True)]
-
-
 def _reason() -> str:
     return "; ".join(_complaints) or "no reason given"
-
-
-def log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    """``log Σ exp`` over the last axis of float32 ``(R, V)``, float64 ``(R,)``: terms in float32, sum in float64."""
-    top = logits.max(axis=1, keepdims=True)
-    return top[:, 0].astype(np.float64) + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
 
 
 def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

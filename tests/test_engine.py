@@ -245,6 +245,7 @@ def test_a_file_without_the_tensors_of_its_architecture_gives_llama_cpps_reason(
     path = tmp_path / "empty.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
+    writer.add_tensor("other", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
