@@ -1,0 +1,291 @@
+"""The benchmark tasks: which there are, their data loaded, and what is wrong with them before anything is computed.
+
+Every task is an ordinary lm-eval task; the bundled ones are in ``tasks/``. What this kit reads of a task beside lm-eval's
+own fields stands in its ``metadata``: ``suite``, ``law_task`` (its name in the scaling tables), ``bos``,
+``main_metric``, ``unparsed_metric``, ``hub_id``, ``revision``, ``licence``, ``normaliser``, ``seed`` (of the shots).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsugiki.errors import UserError, raise_problems
+
+TASKS = Path(__file__).parent / "tasks"
+SUITES = ("culture", "neutral", "saito19", "domain")
+SHOT_SEED = 1234  # lm-eval's default
+
+
+
+def task_files(folder: Path) -> dict[str, dict]:
+    """Task or group name → its configuration (functions unresolved, includes merged) for every YAML below a folder.
+
+    Raises:
+        UserError: every file that is empty, no YAML, no mapping, or neither a task, a group nor an included part.
+    """
+    if not folder.is_dir():
+        raise UserError("there is no such folder of tasks", where=str(folder))
+    problems: list[str] = []
+    read = {path: _read_task(path, problems) for path in sorted(folder.rglob("*.yaml"))}
+    parts = {
+        (path.parent / part).resolve()
+        for path, (raw, _) in read.items()
+        for part in ([raw["include"]] if isinstance(raw.get("include"), str) else raw.get("include") or [])
+    }
+    found: dict[str, dict] = {}
+    for path, (_, config) in read.items():
+        name = config.get("group", config.get("task"))
+        if isinstance(name, str):
+            if name in found:
+                problems.append(f"{path}: the name {name!r} is taken")
+            found[name] = config | {"_path": path}
+            problems += _metadata_problems(path, config.get("metadata") or {})
+        elif config and path.resolve() not in parts and not path.name.startswith("_"):
+            problems.append(f"{path}: neither `task: NAME` nor `group: NAME`")
+    raise_problems(problems, what="Task files", hint="A task file is an lm-eval YAML: task, output_type, doc_to_text, doc_to_target …")
+    return found
+
+
+def _read_task(path: Path, problems: list[str]) -> tuple[dict, dict]:
+    """A file's own mapping and the one with its includes; two empty ones where there is a problem."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        if not path.read_text(encoding="utf-8").strip():
+            problems.append(f"{path}: empty")
+            return {}, {}
+        raw = load_yaml(path, resolve_func=False, recursive=False)
+        return raw, load_yaml(path, resolve_func=False)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problems.append(f"{where}: not YAML: {getattr(error, 'problem', None) or error}")
+    except (ValueError, OSError) as error:
+        problems.append(f"{path}: {error}")
+    return {}, {}
+
+
+def _metadata_problems(path: Path, metadata: Any) -> list[str]:
+    if not isinstance(metadata, dict):
+        return [f"{path} (metadata): a mapping was expected, not {metadata!r}"]
+    wrong = [s for s in _suites(metadata) if s not in SUITES]
+    found = [f"{path} (metadata.suite): there is no suite {s!r}; there are {', '.join(SUITES)}" for s in wrong]
+    if metadata.get("bos", "model") not in ("never", "model"):
+        found.append(f"{path} (metadata.bos): never or model, not {metadata['bos']!r}")
+    return found
+
+
+def _suites(metadata: Mapping) -> list[str]:
+    suites = metadata.get("suite") or []
+    return [suites] if isinstance(suites, str) else list(suites)
+
+
+@dataclass
+class Benchmark:
+    """A chosen task (or a group, with its subtasks), loaded.
+
+    Attributes:
+        name: as chosen; for a YAML file the task's name.
+        metadata: the task's or group's.
+        tasks, groups: lm-eval's objects by name.
+    """
+
+    name: str
+    metadata: dict
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+
+    @property
+    def law_task(self) -> str:
+        """Its name in the scaling tables and the results table."""
+        return str(self.metadata.get("law_task") or self.name)
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """BOS policy of each task: its own, else the group's, else what the model asks for."""
+        own = {n: (t.config.metadata or {}).get("bos") for n, t in self.tasks.items()}
+        return {n: p or self.metadata.get("bos") or "model" for n, p in own.items()}
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens that an answer may have; 0 where nothing is generated."""
+        asked = (t.config.generation_kwargs or {} for t in self.tasks.values() if t.OUTPUT_TYPE == "generate_until")
+        return max((int(g.get("max_gen_toks", 256)) for g in asked), default=0)
+
+
+def load_benchmarks(
+    suites: Sequence[str], names: Sequence[str] = (), *, include: Sequence[Path] = (), run_code: bool = False
+) -> tuple[list[Benchmark], dict[str, str]]:
+    """Choose tasks and load their data.
+
+    Args:
+        suites: of :data:`SUITES`, or ``all``.
+        names: further tasks: bundled, from ``include``, lm-eval's built-in ones, or YAML files.
+        include: folders with task YAMLs of the user's.
+        run_code: tasks that run model-written code are wanted.
+
+    Returns:
+        the benchmarks, and task → sentence for those of the suites whose data is not there (or that would run code).
+
+    Raises:
+        UserError: an unknown suite or task, a malformed task, data that lacks a column; of a task that was named, also
+            data that is not there. All problems at once.
+    """
+    files: dict[str, dict] = {}
+    for folder in (TASKS, *include):
+        files |= task_files(folder)
+    unknown = [s for s in suites if s not in (*SUITES, "all")]
+    raise_problems([f"there is no suite {s!r}" for s in unknown], what="Suites", hint=f"There are {', '.join(SUITES)} and all.")
+    wanted = set(SUITES if "all" in suites else suites)
+    chosen = [n for n, c in files.items() if wanted & set(_suites(c.get("metadata") or {}))]
+    named = [n for n in dict.fromkeys(names) if n not in chosen]
+    if not chosen and not named:
+        bundled = "none" if not files else ", ".join(files)
+        raise UserError("no task was chosen", hint=f"Give --suite {'|'.join(SUITES)}|all or --tasks; bundled or included: {bundled}.")
+    with quiet():
+        return _load_all(chosen, named, files, include, run_code)
+
+
+def _load_all(chosen: list[str], named: list[str], files: Mapping[str, dict], include: Sequence[Path], run_code: bool):
+    manager = _manager(files, named, include)
+    found, missing, problems = [], {}, []
+    for name in (*chosen, *named):
+        try:
+            loaded = _load(manager, name, files)
+            unsafe = [t for b in loaded for t in b.tasks.values() if getattr(t, "UNSAFE_CODE", False)]
+            if unsafe and not run_code:
+                raise _NotHere(f"{name} runs code that the model writes: it needs --run-code, and then runs it in a sandbox")
+            found += loaded
+        except _NotHere as error:
+            if name in named:
+                problems.append(str(error))
+            else:
+                missing[name] = str(error)
+        except UserError as error:
+            problems.append(str(error))
+    raise_problems(problems, what="Tasks that cannot be run")
+    if not found:
+        raise_problems([f"{name}: {why}" for name, why in missing.items()], what="No task can be run")
+    return found, missing
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval warns about every custom data set and default value and shows a bar for every loop: errors stay.
+
+    Bars that were asked for explicitly stay too: those over the requests to a Hugging Face model.
+    """
+    import datasets
+    from tqdm import tqdm
+
+    datasets.disable_progress_bars()
+    logger, bar = logging.getLogger("lm_eval"), tqdm.__init__
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    tqdm.__init__ = partialmethod(bar, disable=True)  # a default, not a command
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        tqdm.__init__ = bar
+
+
+class _NotHere(UserError):
+    """What a suite can do without: its other tasks go on."""
+
+
+def _manager(files: Mapping[str, dict], named: Iterable[str], include: Sequence[Path]):
+    """lm-eval's task manager; its thousands of built-in files are only read where a name is not among ours."""
+    from lm_eval.tasks import TaskManager
+
+    others = [n for n in named if n not in files and not n.endswith((".yaml", ".yml"))]
+    inside = any(isinstance(t, str) and t not in files for c in files.values() if "group" in c for t in _members(c))
+    manager = TaskManager(include_path=[str(TASKS), *map(str, include)], include_defaults=bool(others) or inside)
+    problems = []
+    for name in others:
+        if name not in manager.task_index:
+            near = [n for n in manager.all_tasks if name.casefold() in n][:3] or difflib.get_close_matches(name, manager.all_tasks, n=3)
+            problems.append(f"there is no task {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    raise_problems(problems, what="Tasks", hint="Bundled, built into lm-eval, from --include, or the path of a YAML file.")
+    return manager
+
+
+def _members(config: Mapping) -> list:
+    members = config.get("task") or []
+    return [members] if isinstance(members, str) else [m.get("task", m) if isinstance(m, dict) else m for m in members]
+
+
+def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
+    from datasets.exceptions import DatasetNotFoundError
+    from jinja2 import TemplateError
+
+    where = str(files[name]["_path"]) if name in files else name
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError("there is no such task file", where=name)
+        problems: list[str] = []
+        _read_task(Path(name), problems)
+        raise_problems(problems, what="Task files")
+    try:
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            draw_shots_anew(task, files.get(name, {}).get("metadata"))
+            task.build_all_requests(limit=1)
+    except UserError as error:
+        if (error.hint or "").startswith("It comes from"):  # data.py: the set is not here, and where it would be had
+            raise _NotHere(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise _NotHere(f"{name}: its data cannot be loaded: {first_line(error)}", where=where) from error
+    except (TemplateError, KeyError) as error:
+        columns = _columns(error)
+        hint = f"The data has the columns {', '.join(columns)}." if columns else None
+        raise UserError(f"{name}: the data lacks a column that the task reads: {first_line(error)}", where=where, hint=hint) from error
+    except Exception as error:  # whatever a task file can get wrong: a function, a metric, a filter, a split
+        raise UserError(f"{name} is no task that lm-eval can build: {type(error).__name__}: {first_line(error)}", where=where) from error
+    tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
+    if name in groups and groups[name].has_aggregation:
+        benchmarks = [Benchmark(name, dict(files.get(name, {}).get("metadata") or groups[name].metadata or {}), tasks, groups)]
+    else:  # a task, or a tag or group without a score of its own: its tasks one by one
+        benchmarks = [Benchmark(n, dict(t.config.metadata or {}), {n: t}, {}) for n, t in tasks.items()]
+    for benchmark in benchmarks:
+        wanted = str(benchmark.metadata.get("main_metric") or "").partition(",")[0]
+        known = {m for t in benchmark.tasks.values() for m in t.aggregation()}
+        if wanted and wanted not in known:
+            raise UserError(f"{benchmark.name}: main_metric is {wanted!r}, the task has {', '.join(known)}", where=where)
+    return benchmarks
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _columns(error: BaseException) -> list[str]:
+    """The columns of the task in whose code an error was raised."""
+    trace, columns = error.__traceback__, []
+    while trace is not None:
+        columns = getattr(trace.tb_frame.f_locals.get("self"), "features", columns)
+        trace = trace.tb_next
+    return list(columns)
+
+
+def draw_shots_anew(task, metadata: Mapping | None = None) -> None:
+    """The state in which lm-eval's own command line starts a task: its shots are drawn anew from the seed."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=shot_seed(task, metadata))
+
+
+def shot_seed(task, metadata: Mapping | None = None) -> int:
+    """The seed of a task's shots: its own, its group's, or lm-eval's default."""
+    seeds = [(m or {}).get("seed") for m in (task.config.metadata, metadata)]
+    return next((int(s) for s in seeds if s is not None), SHOT_SEED)
