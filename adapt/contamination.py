@@ -27,20 +27,32 @@ class Overlap:
     share: float
 
 
-def overlaps(items: Sequence[str], samples: Sequence[str], *, ngram: int = NGRAM, share: float = SHARE) -> tuple[list[Overlap], int]:
-    """Benchmark items of whose character n-grams one training sample holds ``share`` or more.
+@dataclass(frozen=True)
+class Index:
+    """Character n-grams of all samples as sorted hashes uint64 ``(G,)``, and the sample of each ``(G,)``."""
 
-    Texts are normalised first (NFKC, runs of spaces), so that layout hides nothing.
+    ngram: int
+    grams: np.ndarray
+    owner: np.ndarray
 
-    Returns:
-        the overlaps, in the order of the items, and how many items are too short to tell (fewer than ``ngram``
-        characters).
-    """
+
+def index_samples(samples: Sequence[str], *, ngram: int = NGRAM) -> Index:
+    """Index the training samples' texts; they are normalised (NFKC, runs of spaces), so that layout hides nothing."""
     held = [character_ngrams(normalise(t), ngram) for t in samples]
     owner = np.repeat(np.arange(len(held)), [len(h) for h in held])
     grams = np.concatenate(held) if held else np.zeros(0, np.uint64)
     order = np.argsort(grams, kind="stable")
-    grams, owner = grams[order], owner[order]
+    return Index(ngram, grams[order], owner[order])
+
+
+def overlaps(items: Sequence[str], index: Index, *, share: float = SHARE) -> tuple[list[Overlap], int]:
+    """Benchmark items of whose character n-grams one training sample holds ``share`` or more.
+
+    Returns:
+        the overlaps, in the order of the items, and how many items are too short to tell (fewer characters than an
+        n-gram has).
+    """
+    ngram, grams, owner = index.ngram, index.grams, index.owner
     found, short = [], 0
     for i, text in enumerate(items):
         text = normalise(text)

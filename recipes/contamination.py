@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsugiki.adapt.contamination import NGRAM, SHARE, overlaps
+from tsugiki.adapt.contamination import NGRAM, SHARE, index_samples, overlaps
 from tsugiki.artifacts import write_json
 from tsugiki.errors import UserError
 from tsugiki.evaluate.data import SETS, check_sets, load_set
@@ -24,11 +24,10 @@ def contamination(train: list[EncodedSample], out: Path, *, data_dir: Path | Non
     Raises:
         UserError: no set is there.
     """
-    texts = [f"{s.prompt}\n{s.completion}" for s in train]
     present = [row["name"] for row in check_sets(data_dir) if row["found"]]
     if not present:
         raise UserError("there is no benchmark set to compare with", hint="Name their folder: --data-dir DIR (tsugiki evaluate data list)")
-    rows = []
+    index, rows = index_samples([f"{s.prompt}\n{s.completion}" for s in train]), []
     with progress() as bar:
         task = bar.add_task("benchmarks", total=len(present), note="")
         for name in present:
@@ -37,7 +36,7 @@ def contamination(train: list[EncodedSample], out: Path, *, data_dir: Path | Non
             fields = [(i, key, value) for i, r in enumerate(scored) for key, value in r.items() if isinstance(value, str)]
             fields += [(i, key, v) for i, r in enumerate(scored) for key, value in r.items() if isinstance(value, list)
                        for v in value if isinstance(v, str)]
-            found, short = overlaps([value for *_, value in fields], texts)
+            found, short = overlaps([value for *_, value in fields], index)
             rows.append({
                 "name": name, "items": len(scored), "texts": len(fields), "short": short,
                 "found": len({fields[o.item][0] for o in found}),

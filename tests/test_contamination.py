@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsugiki.adapt.contamination import NGRAM, overlaps
+from tsugiki.adapt.contamination import NGRAM, index_samples, overlaps
 from tsugiki.errors import UserError
 from tsugiki.recipes.contamination import contamination
 from tsugiki.samples import EncodedSample
@@ -23,7 +23,7 @@ def held(item, sample, n):
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.text("あいう鉄骨b", min_size=1, max_size=60), min_size=1, max_size=6), st.lists(st.text("あいう鉄骨b", max_size=60), min_size=1, max_size=6))
 def test_the_best_sample_is_that_of_plain_sets(items, samples):
-    found, short = overlaps(items, samples, ngram=4, share=0.5)
+    found, short = overlaps(items, index_samples(samples, ngram=4), share=0.5)
     expected = {}
     for i, item in enumerate(items):
         if len(item) >= 4 and (best := max(held(item, s, 4) for s in samples)) >= 0.5:
@@ -35,12 +35,12 @@ def test_the_best_sample_is_that_of_plain_sets(items, samples):
 
 def test_full_width_forms_and_line_breaks_do_not_hide_an_item():
     sample = QUESTION.replace("、", "、\n ").replace("建築", "建築")
-    found, _ = overlaps([QUESTION.replace("。", "。 ")], [f"問: {QUESTION}\n2.1メートル", sample])
+    found, _ = overlaps([QUESTION.replace("。", "。 ")], index_samples([f"問: {QUESTION}\n2.1メートル", sample]))
     assert [(o.item, o.sample) for o in found] == [(0, 0)]
 
 
 def test_a_common_phrase_is_no_leak():
-    assert overlaps([QUESTION], ["次のうち正しいものはどれか。何メートル以上でなければならないか。"])[0] == []
+    assert overlaps([QUESTION], index_samples(["次のうち正しいものはどれか。何メートル以上でなければならないか。"]))[0] == []
 
 
 def test_a_sample_with_a_benchmark_question_is_named(tmp_path):
