@@ -13,8 +13,8 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine
 
 
-def render(engine: Engine, messages: list[dict[str, str]]) -> str:
-    """Render the chat template stored in the file, ready for the assistant's answer.
+def render(engine: Engine, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """Render the chat template stored in the file, by default ready for the assistant's answer.
 
     Raises:
         UserError: the file holds no template, or the template refuses the conversation.
@@ -37,7 +37,7 @@ def render(engine: Engine, messages: list[dict[str, str]]) -> str:
     }
     try:
         return environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
         )
     except TemplateError as error:
         raise UserError(f"the chat template refuses the conversation: {error}", where=str(engine.path)) from error

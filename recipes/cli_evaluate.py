@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsugiki.bases import load_bases
-from tsugiki.errors import UserError
+from tsugiki.errors import UserError, raise_problems
 from tsugiki.progress import console
 from tsugiki.recipes.terminal import HELP, DataOption, RunsOption, plain_table, stage_command, stdout
 
@@ -123,6 +123,78 @@ def evaluate_judge(
     stdout().print(f"Written: {escape(str(out / 'judge.json'))}", soft_wrap=True)
 
 
+@evaluate_app.command("run")
+def evaluate_run(
+    models: Annotated[list[str], typer.Argument(help="GGUF files, Hugging Face folders, bases, or DOMAIN/BASE of a finished run: its base, the adapted model, every level.", show_default=False)],
+    suite: Annotated[list[str] | None, typer.Option(help="culture, neutral, saito19, domain or all; may be repeated.", show_default=False)] = None,
+    tasks: Annotated[str, typer.Option(help="Further tasks, a,b: bundled, from --include, lm-eval's own, or YAML files.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task: a trial, and called so everywhere.", show_default=False)] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Folder with benchmarks/NAME/… (else $TSUGIKI_DATA, else ../shared/data, else the hub).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; else benchmarks/ in the runs.", show_default=False)] = None,
+    runs: RunsOption = Path("runs"),
+    include: Annotated[list[Path] | None, typer.Option(help="A folder of lm-eval task files of yours; may be repeated.", show_default=False)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put every prompt into the model's chat template.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that do not fit the context on the left and count them, instead of refusing.")] = False,
+    context: Annotated[int | None, typer.Option(help="Tokens of context of a GGUF; else all it was trained for.", show_default=False)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the base whose Hugging Face tokenizer encodes for GGUF files; else their own.", show_default=False)] = None,
+    gpu_layers: Annotated[int | None, typer.Option(help="Layers of a GGUF on the GPU; else all, where there is one.", show_default=False)] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run the code that models write (HumanEval, JHumanEval), in a sandbox.")] = False,
+) -> None:
+    """Score models on the papers' benchmarks, by lm-eval. Finished requests are kept; run again to go on."""
+    import os
+
+    from tsugiki.evaluate.run import BenchmarkSettings, find_models, run_benchmarks
+    from tsugiki.evaluate.suites import load_benchmarks
+    from tsugiki.recipes.recipe import BASES
+
+    if data_dir is not None:
+        os.environ["TSUGIKI_DATA"] = str(data_dir)  # where the task files look
+    settings = BenchmarkSettings(limit=limit, context=context, truncate=truncate, chat=chat, run_code=run_code, n_gpu_layers=gpu_layers)
+    chosen = find_models(models, runs=runs, bases=load_bases(BASES), tokenizer=tokenizer)
+    named = [t.strip() for t in tasks.split(",") if t.strip()]
+    benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), run_code=run_code)
+    out = out or runs / "benchmarks"
+    rows = run_benchmarks(chosen, benchmarks, settings, out=out, results=runs / "results.sqlite", say=lambda text: console.print(escape(text)))
+    show_benchmarks(rows, missing, limit)
+    stdout().print(f"Written: {escape(str(out))}, {escape(str(runs / 'results.sqlite'))}", soft_wrap=True)
+
+
+data_app = typer.Typer(help="The benchmarks' data: where it comes from, and what of it is here.", **HELP)
+evaluate_app.add_typer(data_app, name="data")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the data sets of the benchmarks, with source and licence."""
+    from tsugiki.evaluate.data import SETS
+
+    table = plain_table("Benchmark data", "name", "rows", "licence", "from")
+    for s in SETS.values():
+        hub = f"{s.hub_id} ({s.config})" if s.hub_id and s.config else s.hub_id
+        source = f"{hub}, {s.revision or 'newest revision'}" if hub else s.url
+        licence = s.licence if s.redistributable else f"{s.licence}. Not to be passed on changed."
+        table.add_row(s.name, ", ".join(f"{k} {n:,}" for k, n in s.counts.items()) or "–", escape(licence), escape(source))
+    stdout().print(table)
+
+
+@data_app.command("check")
+def data_check(
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Folder with benchmarks/NAME/… (else $TSUGIKI_DATA, else ../shared/data).")] = None,
+) -> None:
+    """Say which data sets are in the folder and whether they are whole; nothing is fetched."""
+    from tsugiki.evaluate.data import check_sets
+
+    found = check_sets(data_dir)
+    table = plain_table("Benchmark data in the folder", "name", "here", "rows", "problem, or where it comes from")
+    for row in found:
+        here = "yes" if row["found"] and not row["problem"] else "damaged" if row["problem"] else "no"
+        table.add_row(row["name"], here, ", ".join(f"{k} {n:,}" for k, n in row["n"].items()) or "–",
+                      escape(row["problem"] or ("" if row["found"] else f"{row['url']} ({row['licence']})")))
+    stdout().print(table)
+    wrong = [f"{row['name']}: {row['problem']}" for row in found if row["problem"]]
+    raise_problems(wrong, what="Damaged data", hint="Copy the files again from where they come from.")
+
+
 # --- output ---------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +220,26 @@ def show_languages(found: dict) -> None:
     for k in found["kendall"]:
         tau = "undefined" if k["tau"] is None else f"{k['tau']:.2f}" + (f" ({k['ci'][0]:.2f} – {k['ci'][1]:.2f})" if k["ci"] else "")
         out.print(f"Kendall's {k['variant']} with {k['against']}, {k['of']} over {len(k['languages'])} languages ({', '.join(k['languages'])}): {tau}")
+
+
+def show_benchmarks(rows: list[dict], missing: dict[str, str], limit: int | None) -> None:
+    """Print scores task by task, the models one below the other, and what could not be run."""
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    only = f"; only the first {limit} items of each task: a trial, not a score" if limit else ""
+    table = plain_table(f"Benchmarks{only}", "task", "model", "metric", "value", "± s.e.", "n", "unparsed %", "truncated %", numbers=True)
+    shown = [r for r in rows if r["metric"].partition(",")[0] != "unparsed"]
+    order = list(dict.fromkeys((r["name"], r["metric"]) for r in shown))
+    for name, metric in order:
+        for r in (r for r in shown if (r["name"], r["metric"]) == (name, metric)):
+            style = "" if r["main"] else "dim"
+            table.add_row(escape(name), escape(r["model"]), escape(metric), f"{r['value']:.3f}", "–" if r["stderr"] is None else f"{r['stderr']:.3f}",
+                          f"{r['n']:,}", percent(r["unparsed"]), percent(r["truncated"]), style=style)
+    stdout().print(table)
+    for name, why in missing.items():
+        console.print(f"[yellow]Not run:[/] {escape(why if why.startswith(name) else f'{name}: {why}')}")
 
 
 def show_scaling(result: dict) -> None:
