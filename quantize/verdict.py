@@ -83,7 +83,7 @@ def judge(
     joint = 1 - (1 - settings.confidence) / max(1, len(names) - 1)  # Bonferroni over the levels
 
     def nll_intervals(confidence: float) -> list:
-        return _ratios(sums - sums[0], counts, documents, settings, confidence)
+        return ratios(sums - sums[0], counts, documents, settings, confidence)
 
     delta_ci, joint_ci = nll_intervals(settings.confidence), nll_intervals(joint)
     rows = []
@@ -135,7 +135,7 @@ def _scores(samples, answered, name: str, own: np.ndarray, reference: np.ndarray
     documents, ones = [s.document for s in samples], np.ones(len(own))
     return {
         "score": float(own.mean()),
-        "score_ci": _ratios(own[None], ones, documents, settings, settings.confidence)[0],
+        "score_ci": ratios(own[None], ones, documents, settings, settings.confidence)[0],
         "delta_score": float((own - reference).mean()),
         "delta_score_ci": _paired(own - reference, documents, settings, settings.confidence),
         "flips": flips(answered[REFERENCE], answered[name]),
@@ -157,7 +157,9 @@ def flips(reference: Sequence[Answer], level: Sequence[Answer]) -> dict:
 # --- intervals --------------------------------------------------------------------------------------------------
 
 
-def _ratios(values: np.ndarray, counts: np.ndarray, documents: Sequence[str], settings: CheckSettings, confidence: float) -> list:
+def ratios(values: np.ndarray, counts: np.ndarray, documents: Sequence[str], settings: CheckSettings, confidence: float) -> list:
+    """Interval ``[low, high]`` of ``Σ values / Σ counts`` for each row of ``values`` ``(K, N)``, by the bootstrap over
+    documents; ``None`` for fewer than 10 of them."""
     wide = expanded(confidence, len(set(documents)))
     found = ratio_intervals(values, counts, documents, confidence=wide, resamples=settings.resamples, seed=settings.seed)
     return [None if x is None else list(x) for x in found]
@@ -178,7 +180,7 @@ def expanded(confidence: float, number: int) -> float:
 def _paired(differences: np.ndarray, documents: Sequence[str], settings: CheckSettings, confidence: float) -> list | None:
     """Interval of a mean difference of scores, by the bootstrap over documents and, where few answers change or
     all scores are 0 or 1, no narrower than :func:`exact_difference`: resampling four flips cannot show a fifth."""
-    interval = _ratios(differences[None], np.ones(len(differences)), documents, settings, confidence)[0]
+    interval = ratios(differences[None], np.ones(len(differences)), documents, settings, confidence)[0]
     if interval is None:
         return None
     group = np.unique(documents, return_inverse=True)[1]
@@ -313,7 +315,7 @@ def _by_kind(samples, points: np.ndarray, reference: np.ndarray, settings: Check
         found[str(kind)] = {
             "n": int(mask.sum()),
             "score": float(own.mean()),
-            "score_ci": _ratios(own[None], np.ones(len(own)), documents, settings, settings.confidence)[0],
+            "score_ci": ratios(own[None], np.ones(len(own)), documents, settings, settings.confidence)[0],
             "delta_score": float(differences.mean()),
             "delta_score_ci": _paired(differences, documents, settings, settings.confidence),
         }

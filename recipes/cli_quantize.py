@@ -8,14 +8,23 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from tsugiki.bases import load_bases
+from tsugiki.bases import load_bases, resolve
+from tsugiki.errors import UserError
 from tsugiki.progress import console
-from tsugiki.recipes.terminal import HELP, plain_table, stage_command, stdout
+from tsugiki.recipes.terminal import (
+    HELP,
+    BaseOption,
+    DataOption,
+    RunsOption,
+    SetOption,
+    plain_table,
+    stage_command,
+    stdout,
+)
 
 quantize_app = typer.Typer(help="GGUF files, quantization levels, the degradation check.", **HELP)
 stage_command(quantize_app, "gguf", "gguf", "Write base and best adapter as one F16 GGUF and compare it with transformers.")
 stage_command(quantize_app, "levels", "levels", "Quantize to every level and read back what was written.")
-stage_command(quantize_app, "check", "check", "Measure what each level lost against F16 on the same test ids.")
 
 
 @quantize_app.command("convert")
@@ -45,3 +54,142 @@ def quantize_types(file: Annotated[Path, typer.Argument(help="A GGUF file.", sho
     for name, part in found.types.items():
         table.add_row(name, str(part["tensors"]), f"{part['parameters']:,}", f"{part['bytes'] / 1e6:.2f}")
     stdout().print(table)
+
+
+# --- the check ------------------------------------------------------------------------------------------------
+
+
+@quantize_app.command("check")
+def quantize_check(
+    what: Annotated[list[str], typer.Argument(help="A domain (its stage of the recipe), or REFERENCE.gguf LEVEL.gguf …", show_default=False)],
+    samples: Annotated[Path | None, typer.Option(help="Questions, .jsonl: prompt, completion, document; or a run's data/test.jsonl.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Plain text, NAME=FILE or NAME=FOLDER of .txt; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base in Hugging Face form: attribute the loss step by step.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Its PEFT adapter, for the same.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for check.json.")] = None,
+    scoring: Annotated[str, typer.Option(help="Score of the answers.")] = "exact_match",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    items: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    window: Annotated[int, typer.Option(min=4, help="Tokens of a window, the second half scored.")] = 512,
+    cache: Annotated[bool, typer.Option(help="Also measure quantized keys and values in the cache.")] = False,
+    memory: Annotated[float | None, typer.Option(help="GB that the comparison may take (default: 0.8 of what is free).")] = None,
+    margin_nll: Annotated[float | None, typer.Option(help="A level may cost so much, nats/token.")] = None,
+    margin_score: Annotated[float | None, typer.Option(help="A level may lose so much of the mean score.")] = None,
+    base: BaseOption = "tiny-llama",
+    runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Measure what each level lost against F16, on the same token ids, and judge it."""
+    if not any(w.endswith(".gguf") for w in what):
+        from tsugiki.recipes.recipe import open_run, run_recipe
+
+        options = {"--samples": samples, "--text": text, "--model": model, "--adapter": adapter, "--out": out}
+        given = [name for name, value in options.items() if value]
+        if len(what) > 1 or given:
+            raise UserError(f"{' '.join([*what, *given])}: a domain is checked alone, files are named *.gguf",
+                            hint="tsugiki quantize check DOMAIN, or tsugiki quantize check F16.gguf LEVEL.gguf … --samples FILE")
+        run_recipe(open_run(what[0], base, runs=runs, data_dir=data_dir, changes=set_), ("check",))
+        return
+    from tsugiki.quantize.standalone import CheckFiles, check_files
+    from tsugiki.recipes.recipe import BASES
+
+    chosen = {k: v for k, v in (("margin_nll", margin_nll), ("margin_score", margin_score)) if v is not None}
+    found = check_files(
+        CheckFiles(
+            reference=Path(what[0]), levels=tuple(map(Path, what[1:])), samples=samples, texts=tuple(text or ()), adapter=adapter,
+            model=resolve(model, load_bases(BASES)) if model else None, scoring=scoring, max_new_tokens=max_new_tokens,
+            items=items, windows=windows, window=window, cache=cache, memory=int(memory * 1e9) if memory else None,
+            margins=chosen,
+        ),
+        out,
+    )
+    show_check(found)
+    if out:
+        console.print(f"{escape(str(out / 'check.json'))}")
+
+
+@quantize_app.command("profile")
+def quantize_profile(
+    file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    text: Annotated[list[str] | None, typer.Option(help="Plain text: measure quantized keys and values in the cache on it.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of 512 tokens.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+) -> None:
+    """Show what a GGUF file is built of, and what that makes worth probing."""
+    from tsugiki.quantize.standalone import profile_file
+
+    found = profile_file(file, tuple(text or ()), windows=windows, out=out)
+    show_profile(found)
+
+
+def show_check(found: dict) -> None:
+    """Print a check: the domain's and each text's levels, the steps, the cache, and which file to take."""
+    out = stdout()
+    parts = {"domain": found} if any("score" in r for r in found["levels"]) else {}
+    for name, part in (parts | found["texts"]).items():
+        scored = "score" in part["levels"][0]
+        columns = ["level", "MB", "NLL", "ΔNLL", "interval", "KL mean", "p99", "max", "top-1", "top-5"]
+        columns += ["score", "interval", "→wrong", "→right"] if scored else []
+        unit = "samples" if scored else "windows"
+        table = plain_table(f"{name}: {part['samples']:,} {unit}, {part['tokens']:,} tokens, {part['documents']:,} documents", *columns, "verdict",
+                            numbers=True)
+        for r in part["levels"]:
+            cells = [r["level"], f"{r['bytes'] / 1e6:,.1f}", f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}", _interval(r["delta_ci"], 4),
+                     f"{r['kld_mean']:.5f}", f"{r['kld_p99']:.4f}", f"{r['kld_max']:.3f}", f"{r['top1']:.1%}", f"{r['top5']:.1%}"]
+            if scored:
+                cells += [f"{r['score']:.3f}", _interval(r["delta_score_ci"], 3), str(r["flips"]["to_wrong"]), str(r["flips"]["to_right"])]
+            table.add_row(*cells, r["verdict"])
+        out.print(table)
+    if found["attribution"]:
+        steps = found["attribution"]
+        table = plain_table(f"steps: {steps['samples']:,} samples, {steps['tokens']:,} tokens; the largest is {steps['largest']}",
+                            "step", "after", "NLL", "ΔNLL", "interval", "KL mean", "max", "top-1", numbers=True)
+        for r in steps["steps"]:
+            table.add_row(r["step"], r["before"] or "", f"{r['nll']:.5f}", f"{r['delta_nll']:+.5f}", _interval(r["delta_ci"], 5),
+                          f"{r['kld_mean']:.2e}", f"{r['kld_max']:.2e}", f"{r['top1']:.1%}")
+        out.print(table)
+    if found["cache"]:
+        _show_cache(found["cache"]["rows"], found["cache"]["file"])
+    for r in found["levels"]:
+        out.print(f"{r['level']}: {escape(r['why']['en'])}", soft_wrap=True)
+    out.print(f"take [bold]{found['recommended']['level']}[/]: {escape(found['recommended']['why']['en'])}", soft_wrap=True)
+
+
+def show_profile(found: dict) -> None:
+    """Print the profile of a file: what it is, what to probe, what quantized cache types cost."""
+    model, out = found["model"], stdout()
+    table = plain_table(found["file"], "what", "value")
+    biases = {k: f"{min(v):.1f} to {max(v):.1f}" for k, v in found["bias_norms"].items()}
+    rows = {
+        "architecture": model["architecture"],
+        "parameters": f"{model['parameters']:,}" + (f", {model['experts']} experts" if model["experts"] else ""),
+        "attention": f"{found['attention']}, {model['heads']} query and {model['kv_heads']} key-value heads of {model['head_dim']}",
+        "QKV bias": "norms by layer: " + ", ".join(f"{k} {v}" for k, v in biases.items()) if model["qkv_bias"] else "no",
+        "qk-norm": "yes" if model["qk_norm"] else "no",
+        "embeddings": "tied" if model["tied_embeddings"] else "untied",
+        "rows": "all divisible by 256" if model["rows_256"] else "not divisible by 256: " + ", ".join(model["odd_rows"]),
+        "types": ", ".join(f"{n} × {t}" for t, n in found["types"].items()),
+    }
+    for key, value in rows.items():
+        table.add_row(key, escape(str(value)))
+    out.print(table)
+    table = plain_table("worth probing", "what", "why")
+    for probe in found["probes"]:
+        table.add_row(probe["what"], escape(probe["why"]))
+    out.print(table)
+    if found["cache"]:
+        _show_cache(found["cache"], found["file"])
+
+
+def _show_cache(rows: list[dict], file: str) -> None:
+    table = plain_table(f"KV cache of {file}", "keys", "values", "NLL", "ΔNLL", "KL mean", "p99", "max", "top-1", numbers=True)
+    for r in rows:
+        table.add_row(r["keys"], r["values"], f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}", f"{r['kld_mean']:.5f}", f"{r['kld_p99']:.4f}",
+                      f"{r['kld_max']:.3f}", f"{r['top1']:.1%}")
+    stdout().print(table)
+
+
+def _interval(ci: list | None, digits: int) -> str:
+    return "–" if ci is None else f"{ci[0]:+.{digits}f} {ci[1]:+.{digits}f}"

@@ -13,7 +13,7 @@ from tsugiki.evaluate.domain import Answer
 from tsugiki.quantize.verdict import (
     CheckSettings,
     _paired,
-    _ratios,
+    ratios,
     exact_difference,
     expanded,
     flips,
