@@ -82,8 +82,10 @@ class TsugikiGGUF(TemplateLM):
         super().__init__()
         if truncate not in ("error", "left"):
             raise UserError(f"truncate is error or left, not {truncate!r}")
-        numbers = {"n_ctx": max_length, "n_gpu_layers": n_gpu_layers, "n_seq_max": n_seq_max}
+        numbers = {"n_gpu_layers": n_gpu_layers, "n_seq_max": n_seq_max}
         self.engine = Engine(path, **{name: int(value) for name, value in numbers.items() if value is not None})
+        if max_length is not None:  # of one sequence; the memory for many is the engine's affair
+            self.engine.context = min(self.engine.context, int(max_length))
         self.path, self.truncate, self.max_gen_toks = Path(path), truncate, int(max_gen_toks)
         self.adds_bos = self.engine.bos >= 0 and self.engine.bos in self.engine.tokenize("", add_bos=True)
         self.tokenizer = _load_tokenizer(tokenizer, self.engine) if tokenizer else None
