@@ -19,7 +19,7 @@ import numpy as np
 
 from tsugiki.artifacts import atomic_path, digest, sha256_file
 from tsugiki.errors import UserError, raise_problems
-from tsugiki.evaluate.engine import BATCH, check_gguf
+from tsugiki.evaluate.engine import Engine, check_gguf
 from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
 
@@ -219,7 +219,7 @@ def chunks_of(source: Source, engine, tokens: int, size: int = CHUNK) -> list[li
     if source.text and count < tokens:
         # no tokenizer packs more than about 12 characters into a token on average
         ids = engine.tokenize(source.text[: 12 * (tokens - count + size)], special=False, add_bos=True)
-        bos = [engine.bos] if engine.add_bos else None
+        bos = [engine.bos] if engine.tokenize("a", add_bos=True)[:1] == [engine.bos] else None
         ids = ids[: max(size, (tokens - count) // size * size)]
         for start in range(0, len(ids), size):
             piece = ids[start : start + size]
@@ -348,26 +348,30 @@ def make_imatrix(
 
 
 def _work(job: dict) -> dict:
-    from tsugiki.quantize.native import Probe
+    from tsugiki.quantize.native import Probe, pack
 
     collector = Collector(output=job["output"])
     sources = [read_source(f) for f in job["files"]]
-    n_ctx = -(-max([4096, job["chunk"], *(len(s) for source in sources for s in source.samples)]) // 256) * 256
+    longest = max([job["chunk"], *(len(s) for source in sources for s in source.samples)])
+    with Engine(job["path"], n_ctx=256, n_seq_max=1) as engine:
+        trained = int(engine.metadata.get(f"{engine.metadata['general.architecture']}.context_length", 1 << 30))
+        chunks = [c for s, n in zip(sources, job["tokens"], strict=True) for c in chunks_of(s, engine, n, job["chunk"])]
+    if longest > trained:
+        raise UserError(f"a chunk or sample has {longest} tokens, the model was trained for {trained}", where=job["path"])
+    total, done = sum(map(len, chunks)), 0
+    if total < 16:
+        raise UserError(f"{total} tokens are too few for an importance matrix", where=", ".join(job["files"]))
+    n_ctx = -(-max(4096, longest) // 256) * 256
     with Probe(job["path"], watch=collector, n_ctx=n_ctx, n_threads=job["threads"], n_gpu_layers=job["gpu"]) as probe:
-        if job["chunk"] > probe.context:
-            raise UserError(f"a chunk has {job['chunk']} tokens, the model's context {probe.context}", where=job["path"])
-        chunks = [c for s, n in zip(sources, job["tokens"], strict=True) for c in chunks_of(s, probe, n, job["chunk"])]
-        probe._check([(f"sample {i}", c) for i, c in enumerate(chunks)])
-        total, done = sum(map(len, chunks)), 0
-        if total < 16:
-            raise UserError(f"{total} tokens are too few for an importance matrix", where=", ".join(job["files"]))
         partial, saved = Path(job["partial"]), time.monotonic()
-        groups = list(_groups(chunks, probe._n_seq_max))
         first = _resume(partial, job["digest"], collector)
-        for number, group in enumerate(groups):
+        for number, group in enumerate(pack([len(c) for c in chunks], probe.SEQUENCES)):
+            part = [chunks[i] for i in group]
             if number >= first:
-                _decode(probe, group)
-            done += sum(map(len, group))
+                # every token is an output, else the last layer would skip most
+                for _ in probe.decode(part, [[1] * len(c) for c in part]):
+                    pass
+            done += sum(map(len, part))
             say(tokens=done, total=total)
             if number >= first and time.monotonic() - saved > SAVE_EVERY:
                 write_imatrix(partial, collector.matrix([], 0, job["chunk"]),
@@ -376,28 +380,6 @@ def _work(job: dict) -> dict:
     names = [Path(f).name for f in job["files"]]
     write_imatrix(job["out"], collector.matrix(names, max(1, total // job["chunk"]), job["chunk"]))
     return {"tokens": total}
-
-
-def _groups(chunks: Sequence[list[int]], width: int) -> Iterable[list[list[int]]]:
-    group: list[list[int]] = []
-    for chunk in chunks:
-        if group and (len(group) == width or sum(map(len, group)) + len(chunk) > BATCH):
-            yield group
-            group = []
-        group.append(chunk)
-    if group:
-        yield group
-
-
-def _decode(probe, group: Sequence[list[int]]) -> None:
-    """Decode chunks as sequences of their own; every token is an output, else the last layer would skip most."""
-    probe.clear()
-    token = [t for c in group for t in c]
-    pos = [p for c in group for p in range(len(c))]
-    seq = [i for i, c in enumerate(group) for _ in c]
-    for start in range(0, len(token), probe._n_batch):
-        part = slice(start, start + probe._n_batch)
-        probe.decode(token[part], pos[part], seq[part], [1] * len(token[part]))
 
 
 def _resume(partial: Path, wanted: str, collector: Collector) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from llama_cpp import llama_cpp as _bindings
 
 from tsugiki.errors import UserError
-from tsugiki.evaluate.engine import BATCH, Engine, thread_count
+from tsugiki.evaluate.engine import BATCH, check_gguf, thread_count
 
 F32, F16, BF16 = (int(gguf.GGMLQuantizationType[n]) for n in ("F32", "F16", "BF16"))
 
@@ -137,65 +138,123 @@ def dequantize_rows(kind: int, data: np.ndarray, width: int) -> np.ndarray:
     return out
 
 
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, _) -> None:
+    """Errors go to standard error, the child's last words; the rest is dropped."""
+    if level == 3:
+        sys.stderr.write(text.decode("utf-8", "replace"))
+
+
 # --- a model with a view inside -----------------------------------------------------------------------------------
 
 
-class Probe(Engine):
-    """An :class:`Engine` that shows ggml's tensors to ``watch`` and whose weights can be replaced in memory.
+class Probe:
+    """A GGUF whose tensors are shown to ``watch`` as llama.cpp computes, and whose weights can be replaced in memory.
+
+    A context manager: it owns native memory. Tokens are decoded in batches of 256 with attention that is not fused.
 
     Args:
         path: the GGUF.
         watch: called as ``watch(tensor, ask)`` for each operation: with ``ask`` it says whether it wants to see the
             operation's result and inputs, and is then called again without.
         writable: read the weights into memory instead of mapping the file, so that :meth:`replace` works.
+        n_ctx: cells of the KV memory, shared by up to 8 sequences.
+
+    Attributes:
+        weights: name to the tensors of that name (more than one where a device has a copy of its own).
+        vocab_size: ``V``.
 
     Raises:
-        UserError: as :class:`Engine`; or this llama.cpp's tensors are not laid out as the mirror says.
+        UserError: the file is broken, there is no memory, or tensors are not laid out as the mirror says.
     """
 
+    SEQUENCES = 8
+
     def __init__(self, path: Path | str, *, watch: Callable | None = None, writable: bool = False, n_ctx: int = 4096,
-                 n_seq_max: int = 8, n_threads: int | None = None, n_gpu_layers: int = 0):
-        super().__init__(path, n_ctx=n_ctx, n_seq_max=n_seq_max, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-        self._watch, self.error, self.weights = watch, None, {}
-        # The engine knows neither the callback nor unmapped weights: open both again with them.
-        self.close()
+                 n_threads: int | None = None, n_gpu_layers: int = 0):
+        self.path, self._watch, self.error, self.weights = Path(path), watch, None, {}
+        self._model = self._context = None
+        check_gguf(path)
+        llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.n_gpu_layers = n_gpu_layers
         model.use_extra_bufts = False  # repacked weights have another layout
         if writable:
             model.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model)
+        if not self._model:
+            raise UserError("llama.cpp cannot load it, or there is no memory for it", where=str(path))
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx, n_seq_max
+        params.n_ctx, params.n_seq_max = n_ctx, self.SEQUENCES
         params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
         params.n_threads = params.n_threads_batch = n_threads or thread_count(self.path)
         params.kv_unified, params.no_perf = True, True
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._callback = _bindings.ggml_backend_sched_eval_callback(self._see)
         params.cb_eval = self._callback
-        self._context = llama_cpp.llama_init_from_model(self._model, params) if self._model else None
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
-            raise UserError(f"there is no memory for the model and a context of {n_ctx} tokens", where=str(self.path))
+            raise UserError(f"there is no memory for a context of {n_ctx} tokens", where=str(path))
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.add_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
-        self._make_batch()
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
         self._checking = True
-        self._decode([max(self.bos, 0)] * 2, [0, 1], 0, [1, 1])
+        list(self.decode([[0, 0]], [[1, 1]]))
         self._checking = False
-        self.clear()
-        self._raise()
 
-    def decode(self, token, pos, seq, flag) -> np.ndarray:
-        """Decode one batch; a view ``(flagged, V)`` of the logits; an error in ``watch`` is raised here."""
-        logits = self._decode(token, pos, seq, flag)
-        self._raise()
-        return logits
+    def __enter__(self) -> Probe:
+        return self
 
-    def _raise(self) -> None:
-        if self.error:
-            raise self.error
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the native memory."""
+        if self._context:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._model = self._context = None
+        self.weights = {}
+
+    def decode(self, sequences: Sequence[Sequence[int]], flags: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Decode token sequences, several at a time; yield the logits of the flagged tokens in order, batch by batch.
+
+        Yields:
+            float32 ``(R, V)``, a view that is valid until the next is asked for.
+
+        Raises:
+            UserError: an id outside the vocabulary, a sequence without room, or what ``watch`` raised.
+        """
+        room = llama_cpp.llama_n_ctx(self._context)
+        for ids in sequences:
+            if len(ids) > room or min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise UserError(
+                    f"a sequence of {len(ids)} ids from {min(ids)} to {max(ids)}; the context holds {room} and the "
+                    f"vocabulary has {self.vocab_size}", where=str(self.path),
+                    hint="The ids come from another tokenizer, or a sample is too long.",
+                )
+        for group in pack([len(s) for s in sequences], self.SEQUENCES):
+            llama_cpp.llama_memory_clear(self._memory, False)
+            rows = [(t, p, slot, f) for slot, i in enumerate(group)
+                    for p, (t, f) in enumerate(zip(sequences[i], flags[i], strict=True))]
+            for start in range(0, len(rows), BATCH):
+                part = rows[start : start + BATCH]
+                for at, (token, pos, slot, flag) in enumerate(part):
+                    self._batch.token[at], self._batch.pos[at], self._batch.logits[at] = token, pos, flag
+                    self._batch.n_seq_id[at], self._batch.seq_id[at][0] = 1, slot
+                self._batch.n_tokens = len(part)
+                code = llama_cpp.llama_decode(self._context, self._batch)
+                if self.error:
+                    raise self.error
+                if code:
+                    raise UserError(f"llama_decode returned {code} for {len(part)} tokens", where=str(self.path))
+                flagged = sum(r[3] for r in part)
+                if flagged:
+                    yield np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (flagged, self.vocab_size))
 
     def _see(self, pointer: int, ask: bool, _) -> bool:
         try:
@@ -239,6 +298,18 @@ class Probe(Engine):
             nbytes = _ggml("ggml_nbytes")(place)
             assert nbytes == data.nbytes and place.type == kind
             _ggml("ggml_backend_tensor_set")(place, np.ascontiguousarray(data).ctypes.data, 0, nbytes)
+
+
+def pack(lengths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Indices of neighbours that fill one batch together, at most ``width``."""
+    group: list[int] = []
+    for i, n in enumerate(lengths):
+        if group and (len(group) == width or sum(lengths[g] for g in group) + n > BATCH):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def base_name(name: bytes) -> str:
