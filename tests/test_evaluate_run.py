@@ -158,7 +158,7 @@ def test_scores_equal_a_plain_loop_over_transformers_item_by_item(tsugiki_, task
 
 
 def test_a_score_is_kept_in_lm_evals_layout_and_in_the_results_table(tsugiki_, tasks, gguf, tmp_path):
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options,try_answers", "--include", tasks)
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options,try_answers", "--include", tasks)
     assert code == 0, err
     folder = model_folder(tmp_path / "runs" / "benchmarks", "base")
     kept = read_json(next(folder.glob("results_*.json")))
@@ -190,7 +190,7 @@ def test_unparsed_and_truncated_answers_are_counted(tsugiki_, tasks, gguf, tmp_p
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "numbers.yaml").write_text(text, encoding="utf-8")
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_numbers", "--include", mine)
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_numbers", "--include", mine)
     assert code == 0, err
     (row,) = [r for r in read_results(tmp_path / "runs" / "results.sqlite") if r["metric"] == "exact_match"]
     items = read_jsonl(items_path(tmp_path / "runs" / "benchmarks", "base", "try_numbers"))
@@ -253,7 +253,7 @@ def test_base_adapted_and_levels_of_a_run_become_points_of_the_laws(tsugiki_, ta
     code, out, err = tsugiki_("evaluate", "run", "setsubi/tiny-llama", "--tasks", "try_options", "--include", tasks)
     assert code == 0, err
     assert [name in out for name in ("setsubi/tiny-llama/base", "setsubi/tiny-llama/adapted", "setsubi/tiny-llama/Q4_K_M")] == [True] * 3
-    points, _, notes = read_points(tmp_path / "runs", load_models(), load_bases(NAMED))
+    points, _, _notes = read_points(tmp_path / "runs", load_models(), load_bases(NAMED))
     rows = [r for r in read_results(tmp_path / "runs" / "results.sqlite") if r["metric"] == "acc"]
     value = rows[0]["value"]
     assert [(p.kind, p.scores["jmmlu"].value, p.scores["jmmlu"].n, p.scores["jmmlu"].metric) for p in points] == [
@@ -301,7 +301,7 @@ def broken(folder: Path, name: str, text: str) -> Path:
     ],
 )
 def test_a_malformed_task_file_is_named_with_its_line(tsugiki_, gguf, tmp_path, text, said):
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--suite", "domain", "--include", broken(tmp_path / "mine", "bad.yaml", text))
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--suite", "domain", "--include", broken(tmp_path / "mine", "bad.yaml", text))
     assert code == 2 and "bad.yaml" in err and said in err and "Traceback" not in err
     assert not (tmp_path / "runs").exists()
 
@@ -316,20 +316,20 @@ def test_all_malformed_task_files_are_named_at_once(tmp_path):
 
 def test_data_with_a_missing_column_is_named_with_the_columns_there_are(tsugiki_, tasks, gguf, tmp_path):
     text = (tasks / "options.yaml").read_text(encoding="utf-8").replace("{{question}}", "{{inquiry}}")
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
     assert code == 2 and "'inquiry' is undefined" in err and "document, question, options, gold" in err
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_task_that_lm_eval_cannot_build_is_named(tsugiki_, tasks, gguf, tmp_path):
     text = (tasks / "options.yaml").read_text(encoding="utf-8").replace("multiple_choice", "many_choices")
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
     assert code == 2 and "many_choices" in err and "t.yaml" in err and not (tmp_path / "runs").exists()
 
 
 def test_a_main_metric_that_the_task_lacks_is_named(tsugiki_, tasks, gguf, tmp_path):
     text = (tasks / "options.yaml").read_text(encoding="utf-8").replace("main_metric: acc", "main_metric: f1")
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", broken(tmp_path / "mine", "t.yaml", text))
     assert code == 2 and "main_metric is 'f1', the task has acc, acc_norm" in err
 
 
@@ -340,12 +340,12 @@ def test_a_chat_without_a_template_is_refused(tsugiki_, tasks, tmp_path):
     settings = read_json(bare / "tokenizer_config.json")
     settings.pop("chat_template", None)
     write_json(bare / "tokenizer_config.json", settings)
-    code, out, err = tsugiki_("evaluate", "run", bare, "--tasks", "try_options", "--include", tasks, "--chat")
+    code, _out, err = tsugiki_("evaluate", "run", bare, "--tasks", "try_options", "--include", tasks, "--chat")
     assert code == 2 and "bare has no chat template" in err and not (tmp_path / "runs").exists()
 
 
 def test_a_chat_task_goes_through_the_files_template(tsugiki_, tasks, gguf, tmp_path):
-    code, out, err = tsugiki_("evaluate", "run", gguf, BASE, "--tasks", "try_answers", "--include", tasks, "--chat", "--limit", 4)
+    code, _out, err = tsugiki_("evaluate", "run", gguf, BASE, "--tasks", "try_answers", "--include", tasks, "--chat", "--limit", 4)
     assert code == 0, err
     both = [read_jsonl(items_path(tmp_path / "runs" / "benchmarks", m, "try_answers")) for m in ("base", "tiny-llama")]
     assert [i["text"] for i in both[0]] == [i["text"] for i in both[1]]
@@ -357,7 +357,7 @@ def test_a_context_too_small_for_the_shots_is_refused_with_both_numbers(tsugiki_
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", tasks, "--context", 24)
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options", "--include", tasks, "--context", 24)
     assert code == 2 and "context of 24" in err and not (tmp_path / "runs").exists()
     longest = max(
         len(tokenizer(_prompt(row, shots) + option, add_special_tokens=True)["input_ids"])
@@ -379,7 +379,7 @@ def test_an_unknown_task_suite_or_model_is_named(tsugiki_, tasks, gguf, tmp_path
         ((gguf, "--suite", "culture", "--limit", 0), "limit must be at least 1, not 0"),
         ((gguf, "--tasks", tmp_path / "no.yaml"), "there is no such task file"),
     ):
-        code, out, err = tsugiki_("evaluate", "run", *arguments)
+        code, _out, err = tsugiki_("evaluate", "run", *arguments)
         assert code == 2 and said in err and "Traceback" not in err, arguments
 
 
@@ -398,7 +398,7 @@ def test_a_suite_goes_on_without_a_set_that_is_not_here(tsugiki_, tasks, gguf, t
 
 def test_a_task_that_was_named_does_not_go_missing_silently(tsugiki_, gguf, tmp_path):
     (tmp_path / "empty").mkdir()
-    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "tsugiki_takase_jaqket", "--data-dir", tmp_path / "empty")
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "tsugiki_takase_jaqket", "--data-dir", tmp_path / "empty")
     assert code == 2 and "Licence:" in err and not (tmp_path / "runs").exists()
 
 
