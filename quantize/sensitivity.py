@@ -9,10 +9,14 @@ matrices, and the F16 rounding of the result: files that people get are always m
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 
 import gguf
@@ -20,14 +24,18 @@ import numpy as np
 
 from tsugiki.artifacts import digest, sha256_file
 from tsugiki.errors import UserError
-from tsugiki.evaluate.engine import Engine, log_sum_exp
+from tsugiki.evaluate.engine import Engine, check_gguf, log_sum_exp
+from tsugiki.machine import cpu_count
+from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
 from tsugiki.quantize.imatrix import chunks_of, read_imatrix, read_source
 from tsugiki.samples import EncodedSample, read_encoded
 
 MOST_LOGITS = 1 << 30  # bytes of the reference's float32 log-probabilities that are kept: 1,760 tokens of Qwen's 152,064
 SINGLE = 64  # matrices up to which each is a group of its own
-KINDS = ("IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+LOW, LOW_NARROW = "Q3_K", "Q4_0"  # what a group is lowered to; where rows do not divide by 256 by 32
+ROWS = 512  # of a matrix, evenly spread, from which its rounding error is taken
+NOTHING = 1e-6  # nats/token: rounding to F16 and back alone gives 1e-7
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -180,25 +188,48 @@ class Simulator:
         return found
 
     def error(self, name: str, kind: str) -> float:
-        """``Σ importance · (w − w')²``: what the type does to the matrix's output, up to the correlation of its inputs."""
-        importance = self.importance.get(name)
-        weights = self.original(name)
-        difference = (weights - self.quantized(name, kind)) ** 2
-        if importance is None:
-            return float(difference.sum(dtype=np.float64))
-        scale = importance.reshape(-1, weights.shape[1])
-        return float((difference.reshape(len(scale), -1, weights.shape[1]) * scale[:, None]).sum(dtype=np.float64))
+        """``Σ importance · (w − w')²`` over the matrix, from 512 of its rows.
 
-    def divergence(self, types: Mapping[str, str]) -> float:
-        """Mean KL(F16 ‖ variant), nats a token, with the named matrices at the given types and all others as they are."""
-        for name in [n for n in self.state if types.get(n) != self.state[n]]:
-            if name not in types:
-                self.probe.replace(name, self.original(name))
-                del self.state[name]
+        What the type does to the matrix's output, up to the correlation of its inputs: the KL of one tensor at another
+        type goes with it (see :func:`sensitivities`).
+        """
+        from tsugiki.quantize.native import dequantize_rows, quantize_rows
+
+        number, total = int(gguf.GGMLQuantizationType[kind]), 0.0
+        weights = self._rows(name)
+        importance = self.importance.get(name)
+        means = np.split(importance, len(weights)) if importance is not None else [None] * len(weights)
+        for rows, mean in zip(weights, means, strict=True):
+            back = dequantize_rows(number, quantize_rows(number, rows, mean, self.threads), rows.shape[1])
+            squares = np.square(rows - back, out=back).sum(axis=0, dtype=np.float64)
+            total += float(squares.sum() if mean is None else squares @ mean)
+        t = self.tensors[name]
+        return total * t.n_elements / weights.size
+
+    def _rows(self, name: str) -> np.ndarray:
+        """Float32 ``(experts, rows, columns)``: evenly spread rows of a matrix, the same of each expert."""
+        from tsugiki.quantize.native import dequantize_rows
+
+        t = self.tensors[name]
+        width, experts = int(t.shape[0]), int(t.shape[2]) if len(t.shape) > 2 else 1
+        data = t.data.view(np.uint8).reshape(experts, -1, t.n_bytes // (t.n_elements // width))
+        picked = np.unique(np.linspace(0, data.shape[1] - 1, max(1, min(data.shape[1], ROWS // experts))).astype(int))
+        part = np.ascontiguousarray(data[:, picked])
+        return dequantize_rows(int(t.tensor_type), part.reshape(-1, part.shape[2]), width).reshape(experts, -1, width)
+
+    def set(self, types: Mapping[str, str]) -> None:
+        """Put the named matrices at the given types and all others back to what they are in the file."""
+        for name in [n for n in self.state if n not in types]:
+            self.probe.replace(name, self.original(name))
+            del self.state[name]
         for name, kind in types.items():
             if self.state.get(name) != kind:
                 self.probe.replace(name, self.quantized(name, kind))
                 self.state[name] = kind
+
+    def divergence(self, types: Mapping[str, str]) -> float:
+        """Mean KL(F16 ‖ variant), nats a token: one pass with the matrices of :meth:`set`."""
+        self.set(types)
         total = tokens = 0
         for reference, logits in zip(self._reference, self._logits(), strict=True):
             total += float(kl_rows(reference, logits).sum())
@@ -221,6 +252,228 @@ def kl_rows(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return np.maximum(gap.sum(axis=1, dtype=np.float64) + first + log_sum_exp(logits), 0)
 
 
+# --- sensitivities ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one group alone costs.
+
+    Attributes:
+        kl: mean KL against F16, nats a token, with this group at ``low`` and everything else as it is.
+        error: ``Σ importance · (w − w')²`` of the group at ``low``; ``kl / error`` hardly depends on the type.
+        parameters, bytes_low, bytes_f16: of the group.
+    """
+
+    group: Group
+    low: str
+    kl: float
+    error: float
+    parameters: int
+    bytes_low: int
+    bytes_f16: int
+
+
+def low_type(shape: Sequence[int], low: str = LOW) -> str:
+    """The low type, or a type of smaller blocks where the rows do not divide."""
+    return low if shape[0] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[low]][0] == 0 else LOW_NARROW
+
+
+def sensitivities(
+    simulator: Simulator, groups: Sequence[Group], *, low: str = LOW, key: str = "", cache: Path | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Sensitivity]:
+    """Measure every group at the low type: one pass each, fewer where the cache has the answer.
+
+    One pass a group is enough for all types: on the bundled bases ``kl / error`` of a tensor is the same at IQ3_S, Q4_K and
+    Q6_K (median deviation 4 %, tensors above :data:`NOTHING`), so the KL at another type is the KL here times the ratio of
+    the rounding errors, which need no pass.
+
+    Args:
+        key: digest of the model, the samples and the importance; with the group and the type it names a cached result.
+        cache: a JSON Lines file; each result is appended as soon as it is there.
+    """
+    known = {}
+    if cache and cache.exists():
+        for line in cache.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                known[row["key"]] = row
+            except (ValueError, KeyError):  # the last line of an interrupted run
+                continue
+    found = []
+    for number, group in enumerate(groups):
+        types = {n: low_type(simulator.tensors[n].shape, low) for n in group.tensors}
+        name = digest([key, sorted(types.items())])
+        if name not in known:
+            row = {"key": name, "kl": simulator.divergence(types), "error": sum(simulator.error(n, k) for n, k in types.items())}
+            if cache:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                with cache.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            known[name] = row
+        tensors = [simulator.tensors[n] for n in group.tensors]
+        found.append(Sensitivity(
+            group, low, known[name]["kl"], known[name]["error"], sum(int(t.n_elements) for t in tensors),
+            sum(tensor_bytes(t, types[n]) for t, n in zip(tensors, group.tensors, strict=True)), sum(int(t.n_bytes) for t in tensors),
+        ))
+        if on_done:
+            on_done(number + 1)
+    simulator.set({})
+    return found
+
+
+def tensor_bytes(tensor, kind: str) -> int:
+    """Bytes of a tensor of a :class:`gguf.GGUFReader` in another type."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(tensor.n_elements) // block * size
+
+
+def open_simulator(job: Mapping, stack) -> tuple[Simulator, str]:
+    """The simulator of a child's job, and the digest that its measurements are cached under."""
+    from tsugiki.quantize.native import Probe
+
+    path = Path(job["path"])
+    importance = read_imatrix(job["imatrix"]).means() if job["imatrix"] else {}
+    with Engine(path, n_ctx=256, n_seq_max=1) as engine:
+        tokens = min(job["tokens"], MOST_LOGITS // (4 * engine.vocab_size))
+        samples = read_samples(job["samples"], engine, tokens)
+    probe = stack.enter_context(Probe(path, writable=True, n_ctx=context_for(samples), n_threads=job["threads"], n_gpu_layers=job["gpu"]))
+    simulator = Simulator(probe, path, importance, samples, threads=job["threads"] or cpu_count())
+    key = digest([sha256_file(path), [s.ids for s in samples], [len(s.prompt_ids) for s in samples],
+                  sha256_file(job["imatrix"]) if job["imatrix"] else ""])
+    return simulator, key
+
+
+def sensitivity(
+    model: Path | str, samples: Path | str, *, imatrix: Path | str | None = None, low: str = LOW, tokens: int = 4096,
+    blocks: int | None = None, cache: Path | str | None = None, n_threads: int | None = None, n_gpu_layers: int = 0,
+) -> dict:
+    """KL against F16 when one group of tensors alone is at a low type, for every group.
+
+    Args:
+        model: the F16, BF16 or F32 GGUF.
+        samples: encoded samples (their completions are scored) or text.
+        low: the type to lower to (``Q4_0`` for rows that do not divide by 256).
+        tokens: scored tokens of a pass; at most 1 GiB of log-probabilities are kept, 1,760 tokens of a vocabulary of 152,064.
+        blocks: as in :func:`groups_of`.
+        cache: file of finished measurements, so that an interrupted run continues.
+
+    Returns:
+        JSON-ready: ``rows`` (of each group ``name``, ``kind``, ``layers``, ``tensors``, ``kl``, ``error``, ``parameters``,
+        ``bytes_low``, ``bytes_f16``), ``all`` (KL with every group low at once), ``sum`` (of the single ones), ``low``,
+        ``tokens``, ``passes`` (over the tokens, in this run) and ``seconds``.
+
+    Raises:
+        UserError: damaged input, samples that do not fit the model, or a crash of llama.cpp.
+    """
+    check_gguf(model)
+    read_source(samples)
+    job = {"path": str(model), "samples": str(samples), "imatrix": imatrix and str(imatrix), "low": low, "tokens": tokens,
+           "blocks": blocks, "cache": cache and str(cache), "threads": n_threads, "gpu": n_gpu_layers}
+    with progress() as bar:
+        task = bar.add_task("sensitivity", total=None, note="passes")
+        return run_child("tsugiki.quantize.sensitivity", job, name="sensitivity",
+                         on_message=lambda m: bar.update(task, completed=m["done"], total=m["of"]))
+
+
+def _work(job: dict) -> dict:
+    started = time.monotonic()
+    with ExitStack() as stack:
+        simulator, key = open_simulator(job, stack)
+        shapes = matrices(job["path"])
+        groups = groups_of(list(shapes), job["blocks"])
+        rows = sensitivities(simulator, groups, low=job["low"], key=key, cache=job["cache"] and Path(job["cache"]),
+                             on_done=lambda n: say(done=n, of=len(groups) + 1))
+        together = simulator.divergence({n: low_type(shape, job["low"]) for n, (shape, _) in shapes.items()})
+        return {
+            "model": Path(job["path"]).name, "low": job["low"], "samples": len(simulator.samples),
+            "tokens": sum(len(s.completion_ids) for s in simulator.samples), "passes": simulator.passes,
+            "all": together, "sum": sum(r.kl for r in rows), "seconds": round(time.monotonic() - started, 2),
+            "rows": [row_of(r) for r in rows],
+        }
+
+
+def row_of(sensitivity: Sensitivity) -> dict:
+    """JSON form of a measurement."""
+    row = asdict(sensitivity)
+    group = row.pop("group")
+    return {"name": group["name"], "kind": group["kind"], "layers": group["layers"], "tensors": list(group["tensors"]), **row}
+
+
+# --- the picture --------------------------------------------------------------------------------------------------
+
+
+def heat_map(rows: Sequence[Mapping], *, title: str = "") -> str:
+    """An SVG: kinds of tensors down, layers across, the colour by the logarithm of the KL, the number in the cell.
+
+    Args:
+        rows: ``name``, ``kind``, ``layers`` and ``kl`` (nats a token), as :func:`sensitivity` returns them.
+    """
+    layered = [r for r in rows if r["layers"] is not None]
+    single = [r for r in rows if r["layers"] is None]
+    kinds = list(dict.fromkeys(r["kind"] for r in layered))
+    spans = sorted({tuple(r["layers"]) for r in layered})
+    low, high = (f(max(r["kl"], NOTHING) for r in rows) for f in (min, max))
+    width, height, left, top = 74, 26, 150, 54
+    parts = []
+
+    def cell(x: int, y: int, row: Mapping) -> None:
+        share = 0.5 if high <= low else math.log(max(row["kl"], NOTHING) / low) / math.log(high / low)
+        # pale yellow to dark red, lightness falling evenly
+        colour = f"hsl({48 - 48 * share:.0f} {75 + 10 * share:.0f}% {93 - 58 * share:.0f}%)"
+        ink = "#fff" if share > 0.6 else "#222"
+        text = "<1e-6" if row["kl"] < NOTHING else f"{row['kl']:.1e}"
+        parts.append(f'<g><title>{escape(row["name"])}: {row["kl"]:.3e}</title><rect x="{x}" y="{y}" width="{width - 2}" '
+                     f'height="{height - 2}" rx="3" fill="{colour}"/><text x="{x + width / 2 - 1}" y="{y + 16}" fill="{ink}" '
+                     f'text-anchor="middle">{escape(text)}</text></g>')
+
+    for j, span in enumerate(spans):
+        label = str(span[0]) if span[0] == span[1] else f"{span[0]}–{span[1]}"
+        parts.append(f'<text x="{left + j * width + width / 2}" y="{top - 8}" text-anchor="middle">{label}</text>')
+    for i, kind in enumerate(kinds):
+        parts.append(f'<text x="{left - 8}" y="{top + i * height + 16}" text-anchor="end">{escape(kind)}</text>')
+    for row in layered:
+        cell(left + spans.index(tuple(row["layers"])) * width, top + kinds.index(row["kind"]) * height, row)
+    y = top + len(kinds) * height + 10
+    for i, row in enumerate(single):
+        parts.append(f'<text x="{left - 8}" y="{y + i * height + 16}" text-anchor="end">{escape(row["name"])}</text>')
+        cell(left, y + i * height, row)
+    total_width, total_height = max(left + max(len(spans), 1) * width + 10, 420), y + len(single) * height + 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" width="{total_width}" '
+        f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#222">'
+        f'<text x="8" y="18" font-size="14" font-weight="600">{escape(title)}</text>{"".join(parts)}</svg>'
+    )
+
+
+def heat_page(found: Mapping) -> str:
+    """A self-contained HTML page of what :func:`sensitivity` returned, in Japanese and English."""
+    rows = sorted(found["rows"], key=lambda r: -r["kl"])
+    lines = "".join(
+        f"<tr><td>{escape(r['name'])}</td><td>{r['kl']:.2e}</td><td>{100 * r['kl'] / max(found['sum'], 1e-30):.1f}</td>"
+        f"<td>{r['parameters']:,}</td><td>{r['bytes_low'] / 1e6:.3f}</td></tr>" for r in rows
+    )
+    svg = heat_map(found["rows"], title=f"KL(F16 ‖ {found['low']}), nats/token")
+    return f"""<!doctype html>
+<html lang="ja"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>感度 / sensitivity: {escape(found["model"])}</title>
+<style>body{{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}}
+div{{overflow-x:auto}}table{{border-collapse:collapse}}td,th{{padding:.15em .8em;text-align:right}}
+td:first-child,th:first-child{{text-align:left}}tr{{border-bottom:1px solid #ddd}}</style>
+<h1>{escape(found["model"])}</h1>
+<p>一つのテンソル群だけを{found["low"]}にしたときの、F16からのKLダイバージェンス(nats/トークン)。{found["tokens"]:,}トークンで測定。<br>
+KL divergence from F16 when one group of tensors alone is at {found["low"]}, on {found["tokens"]:,} tokens.</p>
+<div>{svg}</div>
+<p>全群を同時に: {found["all"]:.2e} / 個別の和: {found["sum"]:.2e}<br>
+All groups at once: {found["all"]:.2e}; sum of the single ones: {found["sum"]:.2e}</p>
+<div><table><tr><th>群 / group</th><th>KL</th><th>%</th><th>weights</th><th>MB</th></tr>{lines}</table></div></html>
+"""
+
+
+# --- files against their reference --------------------------------------------------------------------------------
+
+
 def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequence[EncodedSample], *,
             threads: int | None = None, on_done: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
     """Files against their reference, read in lock-step.
@@ -232,8 +485,6 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
     Raises:
         UserError: a broken file or another vocabulary than the reference's.
     """
-    from contextlib import ExitStack
-
     from tsugiki.quantize.native import Probe
 
     n_ctx = context_for(samples)
@@ -264,3 +515,7 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
 def context_for(samples: Sequence[EncodedSample]) -> int:
     """Cells of KV memory for a batch of samples."""
     return -(-max([2048, *(len(s.ids) for s in samples)]) // 256) * 256
+
+
+if __name__ == "__main__":
+    serve(_work)
