@@ -31,8 +31,8 @@ from tsugiki.quantize.families import (
     rope_freqs,
     write_settings,
 )
-from tsugiki.quantize.tokenizer import gguf_vocabulary
-from tsugiki.quantize.weights import FLOATS, Stored, open_weights
+from tsugiki.quantize.tokenizer import gguf_vocabulary, tokenizer_notes
+from tsugiki.quantize.weights import FLOATS, Stored, open_weights, same_values
 
 _TYPES = {
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -115,6 +115,8 @@ def convert(
     base_dir, out = Path(base_dir), Path(out)
     qtype, file_type = _known_type(dtype)
     family, config, notes = read_config(base_dir)
+    tokenizer = read_tokenizer(Path(tokenizer_dir or base_dir))
+    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
     weights = open_weights(base_dir)
     tied = config.tie_word_embeddings
     shapes = source_shapes(expected_tensors(family, config))
@@ -125,8 +127,7 @@ def convert(
         weights = weights | {OUTPUT: replace(weights[EMBEDDINGS], name=OUTPUT)}
         notes.append("the adapter changes embeddings and output layer, tied in the base, apart: both are written")
     tensors = expected_tensors(family, config, tied=tied)
-    tokenizer = read_tokenizer(Path(tokenizer_dir or base_dir))
-    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
+    notes += tokenizer_notes(Path(tokenizer_dir or base_dir), tokenizer)
     eot = end_of_turn_id(tokenizer) if tokenizer.chat_template else None
     factors = rope_freqs(config)
     updates = adapter.updates if adapter else {}
@@ -136,6 +137,7 @@ def convert(
     def describe(writer) -> None:
         writer.add_type("model")
         writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _write_general(writer, name or base_dir.name, licence or card.get("license"), languages, base_model, datasets or card.get("datasets"))
         write_settings(writer, family, config, tensors)
         vocabulary.write(writer)
@@ -189,9 +191,13 @@ def convert_lora(base_dir: Path | str, out: Path | str, adapter_dir: Path | str,
     check_weights(base_dir, weights, source_shapes(base), tied=tied)
     adapter = _open_adapter(adapter_dir, base_dir, source_shapes(base), tied)
     problems = [f"{n}: DoRA scales the whole tensor" for n, u in adapter.updates.items() if u.magnitude]
-    problems += [f"{n} is replaced as a whole (modules_to_save)" for n, u in adapter.updates.items() if u.replacement]
-    if tied:
-        problems += [f"{n} is tied in the base, llama.cpp has one tensor for both" for n in (EMBEDDINGS, OUTPUT) if n in adapter.updates]
+    shared = [n for n in (EMBEDDINGS, OUTPUT) if tied and n in adapter.updates]
+    problems += [f"{n} is tied in the base, llama.cpp has one tensor for both" for n in shared]
+    problems += [
+        f"{n} is replaced as a whole (modules_to_save)" for n, u in adapter.updates.items()
+        # PEFT also saves the untouched table beside an update of embeddings
+        if u.replacement and n not in shared and not (u.a and same_values(u.replacement, weights[n]))
+    ]
     raise_problems(problems, what=f"{adapter.path}: no LoRA file can say this", hint="Merge it: leave out --lora-only.")
     first = next(iter(adapter.updates.values()))
     alpha = first.scale * first.rank

@@ -50,6 +50,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(gguf.MODEL_ARCH.QWEN3MOE, qk_norm=True, experts=True),
 }
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 _ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -135,6 +136,9 @@ def _unsupported(family: Family, config) -> list[str]:
         problems.append(f"rotation of a part of each head (partial_rotary_factor {rope['partial_rotary_factor']})")
     if kind == "yarn" and rope.get("truncate", True) is False:
         problems.append("YaRN without truncation (rope_parameters.truncate false)")
+    for key, usual in _YARN_BETAS.items():
+        if kind == "yarn" and (rope.get(key) or usual) != usual:
+            problems.append(f"YaRN with {key} {rope[key]} (llama.cpp reads none for {family.name} and takes {usual})")
     if config.hidden_act != "silu":
         problems.append(f"the activation {config.hidden_act!r} (known: silu)")
     if getattr(config, "attention_bias", False) and family.architecture not in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2):
@@ -264,8 +268,6 @@ def _write_yarn(writer, config) -> None:
 
     rope = config.rope_parameters
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
     _, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     usual = 1 + 0.1 * math.log(rope["factor"])
     if not math.isclose(factor, usual, rel_tol=1e-6):

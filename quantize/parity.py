@@ -206,7 +206,7 @@ def logits_agreement(
     n: int = 32,
     n_threads: int | None = None,
 ) -> Agreement:
-    """Compare completion logits on the same ids; the adapter is merged into the base in memory.
+    """Compare completion logits on the same ids; in transformers the adapter runs beside the base, unmerged.
 
     Args:
         samples: the first ``n`` are compared.
@@ -245,7 +245,10 @@ def logits_agreement(
 
 
 def load_reference(base_dir: Path | str, adapter_dir: Path | str | None):
-    """The base in float32 on the CPU with the adapter merged, for comparisons."""
+    """The base in float32 on the CPU with the adapter beside it, for comparisons.
+
+    Not merged: PEFT's merge writes an update of tied embeddings into both, which is not the model that was trained.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -255,7 +258,7 @@ def load_reference(base_dir: Path | str, adapter_dir: Path | str | None):
     if adapter_dir:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_dir, autocast_adapter_dtype=False).merge_and_unload()
+        model = PeftModel.from_pretrained(model, adapter_dir, autocast_adapter_dtype=False)
     return model.eval()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
+from itertools import product
+
 HARD_TEXTS = (
     "吾輩は猫である。名前はまだ無い。",
     "ひらがなだけでかいたぶんしょうです",
@@ -89,3 +92,67 @@ HARD_TEXTS = (
     "\u202e右から左\u202c",
     "終わりの文字\ufffd",
 )
+
+_TOKENS = (
+    "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
+    "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|user|>", "<|assistant|>",
+    "<|system|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<tool_call>", "</tool_call>", "<think>", "</think>", "<0x0A>",
+    "<0xE3>", "[PAD151646]", "<|", "|>", "<|im_start", "im_end|>", "< s >", "＜ｓ＞", "<S>", "[MASK]", "[CLS]", "▁", "##ing", "Ġthe",
+)
+# Old and new forms of kanji that names and statutes still mix.
+_FORMS = (
+    "亜亞", "悪惡", "圧壓", "囲圍", "為爲", "壱壹", "隠隱", "栄榮", "営營", "衛衞", "駅驛", "円圓", "塩鹽", "応應", "桜櫻", "価價", "仮假",
+    "会會", "絵繪", "壊壞", "学學", "覚覺", "関關", "気氣", "旧舊", "拠據", "挙擧", "区區", "経經", "軽輕", "芸藝", "県縣", "検檢", "権權",
+    "験驗", "広廣", "号號", "国國", "済濟", "雑雜", "実實", "写寫", "釈釋", "条條", "浄淨", "触觸", "図圖", "声聲", "斉齊", "戦戰", "総總",
+    "体體", "対對", "台臺", "沢澤", "単單", "鉄鐵", "伝傳", "当當", "読讀", "売賣", "発發", "浜濱", "変變", "弁辯", "宝寶", "満滿", "訳譯",
+    "薬藥", "余餘", "様樣", "来來", "竜龍", "両兩", "塁壘", "礼禮", "霊靈", "労勞", "楼樓", "湾灣", "高髙", "崎﨑", "辺邊", "辺邉", "斎齋",
+)
+_CODE = (
+    "def {0}(x: int) -> str:\n    return f\"{{x:>4}}円\"\n", "for {0} in range(10):\n\tprint({0})  # 表示", "if ({0} != NULL) {{ {0}->next = 0; }}",
+    "SELECT {0}, COUNT(*) FROM `設備` WHERE 型番 = 'P-101' GROUP BY {0};", "{{\"{0}\": [1, 2.5, -3e-7, null], \"名前\": \"値\"}}",
+    "<div class=\"{0}\">本文&nbsp;</div>", "grep -rn '{0}' ./src | awk '{{print $1}}' >> out.txt", "C:\\設備\\{0}.xlsx", "let {0} = a?.b ?? c => d;",
+)
+
+
+def hard_texts() -> list[str]:
+    """More than 2,000 different strings on which tokenizers tend to disagree, always the same ones.
+
+    Kana (full and half width, with marks), kanji (common, rare, of the upper planes, compatibility forms), emoji and what
+    joins them, line ends, tabs and runs of spaces, numbers, code, composed and decomposed forms, the names of special
+    tokens, old and new forms, English and mixtures.
+    """
+    kana = [chr(c) for c in (*range(0x3041, 0x3097), *range(0x30A1, 0x30FB), *range(0x31F0, 0x3200), *range(0xFF66, 0xFFA0))]
+    marked = [b + m for b in "かきくけこさたはカサタハウワヷｶｻﾀﾊあん" for m in ("\u3099", "\u309a", "ﾞ", "゛", "゜", "ー", "ッ")]
+    common = [chr(c) for c in range(0x4E00, 0x9FA0, 13)]
+    rare = [chr(c) for c in (*range(0x3400, 0x4DB0, 97), *range(0x20000, 0x2A6D0, 613), *range(0x2A700, 0x2CEA0, 401))]
+    compatible = [chr(c) for c in (*range(0xF900, 0xFA6E, 5), *range(0x2F800, 0x2FA1E, 17))]
+    signs = [chr(c) for c in (*range(0x2000, 0x2070, 3), *range(0x2190, 0x2300, 11), *range(0x2460, 0x2600, 13),
+                              *range(0x3000, 0x3040, 2), *range(0x3200, 0x3400, 11), *range(0xFF01, 0xFF66, 3))]
+    emoji = [chr(c) for c in (*range(0x1F300, 0x1F650, 7), *range(0x1F680, 0x1F700, 7), *range(0x1F900, 0x1FA00, 7), *range(0x2600, 0x27C0, 11))]
+    joined = [f"{a}\u200d{b}" for a in "👨👩🧑🏳🐻" for b in ("💻", "🚀", "🌈", "⚕️", "👧\u200d👦", "❄️")]
+    joined += [p + t for p in "👍👋🙏✋" for t in "🏻🏼🏽🏾🏿"] + [f"{n}\ufe0f\u20e3" for n in "0123456789#*"]
+    flags = [chr(0x1F1E6 + ord(a) - 65) + chr(0x1F1E6 + ord(b) - 65) for a, b in ("JP", "US", "FR", "KR", "CN", "DE", "XX")]
+    gaps = ("\n", "\r\n", "\t", " ", "　", "\u00a0")
+    spaces = ["前" + "".join(g) + "後" for n in (1, 2, 3) for g in product(gaps, repeat=n)]
+    spaces += [form.format(" " * n) for n in range(1, 33) for form in ("{0}a", "漢{0}字", "x{0}", "{0}")]
+    spaces += ["\n" * n + end for n in range(1, 9) for end in ("", "次", " 次")]
+    numbers = [form.format(int("9876543210123456"[:n])) for n in range(1, 17)
+               for form in ("{0}", "{0}個", "No.{0}", "-{0}.{0}", "{0:,}円", "0x{0:X}", "v{0}.0.{0}")]
+    numbers += ["".join(chr(0xFF10 + (i * 7) % 10) for i in range(n)) + "番" for n in range(1, 13)]
+    numbers += [f"{y}年{m}月{d}日 {h:02}:{m:02}" for y, m, d, h in ((1868, 1, 25, 0), (1989, 1, 8, 9), (2024, 12, 31, 23), (2031, 2, 3, 4))]
+    code = [line.format(name) for line in _CODE for name in ("i", "温度", "get_value", "__init__", "camelCaseName", "MAX_SIZE2")]
+    texts = [t for t in HARD_TEXTS if unicodedata.normalize("NFC", t)]
+    forms = [unicodedata.normalize(f, t) for f in ("NFC", "NFD", "NFKC", "NFKD") for t in texts]
+    tokens = [form.format(t) for t in _TOKENS for form in ("{0}", "これは{0}です", " {0} ", "{0}{0}", "\n{0}\n")]
+    old = [form.format(*pair) for pair in _FORMS for form in ("{0}{1}", "{1}の旧字体は{0}ではない")]
+    words = ("I'LL", "we've", "Don’t", "naïve", "HTTPServer", "foo_bar", "e.g.,", "state-of-the-art", "αβγ", "Москва", "안녕", "שלום", "ไทย", "नमस्ते")
+    mixed = [form.format(w) for w in words for form in ("{0}", "{0}と言う", "「{0}」", "{0} {0}!", "ﾃｽﾄ{0}テスト", "1{0}2")]
+    invisible = [f"前{chr(c)}後" for c in (0x00AD, 0x034F, 0x061C, 0x180E, *range(0x200B, 0x2010), *range(0x202A, 0x202F),
+                                           *range(0x2060, 0x2065), 0xFE00, 0xFE0F, 0xFEFF, 0xFFFC, 0xFFFD, 0xE0100, 0xE0101)]
+    pairs = [a + b for a, b in zip(common, common[7:], strict=False)]
+    everything = [
+        *HARD_TEXTS, *kana, *(f"{a}{b}" for a, b in zip(kana, kana[5:], strict=False)), *marked,
+        *("".join(pairs[i : i + 2]) for i in range(0, len(pairs), 5)), *(f"{c}という字" for c in rare), *compatible, *signs,
+        *emoji, *joined, *flags, *spaces, *numbers, *code, *forms, *tokens, *old, *mixed, *invisible,
+    ]
+    return list(dict.fromkeys(everything))

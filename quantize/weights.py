@@ -63,6 +63,16 @@ class Stored:
         return data.view(kind).reshape(stop - start, *self.shape[1:])
 
 
+def same_values(one: Stored, other: Stored, rows: int = 4096) -> bool:
+    """Whether two tensors hold the same numbers, whatever their types."""
+    import torch
+
+    return one.shape == other.shape and all(
+        torch.equal(*(s.rows(i, min(i + rows, s.shape[0])).to(torch.float32) for s in (one, other)))
+        for i in range(0, one.shape[0], rows)
+    )
+
+
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, by name.
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tsugiki.errors import UserError
 from tsugiki.quantize.convert import convert
-from tsugiki.quantize.families import FAMILIES
 from tsugiki.quantize.parity import logits_agreement
 from tsugiki.samples import EncodedSample
 
 ROOT = Path(__file__).resolve().parents[1]
 BASES = Path(os.environ.get("TSUGIKI_TEST_BASES", ROOT / "recipes" / "bases"))
-UPSTREAM = os.environ.get("TSUGIKI_LLAMA_CPP", "")
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
@@ -53,7 +49,7 @@ CASES = {
     "qwen3": Case("qwen3", "tiny-qwen", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-yarn": Case("qwen3", "tiny-qwen", {"head_dim": 32, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-        "attention_factor": 0.8, "beta_fast": 16.0, "beta_slow": 2.0}}),
+        "attention_factor": 0.8}}),
     "qwen3-moe": Case("qwen3_moe", "tiny-qwen", {
         "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": []}),
@@ -158,6 +154,8 @@ def test_experts_are_stacked_and_the_router_stays_float32(models, folder):
     ("qwen3", {"attention_bias": True}, "attention biases in the architecture qwen3"),
     ("qwen2", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, "'llama3' in the architecture qwen2"),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16.0,
+                                   "original_max_position_embeddings": 128}}, "YaRN with beta_fast 16.0"),
     ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob"),
     ("qwen3-moe", {"mlp_only_layers": [0]}, "dense layers among the mixtures"),
 ])
@@ -190,6 +188,8 @@ def test_values_beyond_f16_are_written_wider_and_named(models, tmp_path):
     weights[big][3, 5] = 1e5
     weights[other] = weights[other].float()
     weights[other][0, 0] = -70_000.0
+    weights["model.layers.1.mlp.up_proj.weight"][5] = 0  # what they multiply is zero: llama.cpp's activations are F16
+    weights["model.layers.0.mlp.gate_proj.weight"][0] = 0
     save_file(weights, base / "model.safetensors")
     report = convert(base, tmp_path / "b.gguf")
     assert report.wide == {"blk.1.ffn_down.weight": "BF16", "blk.0.ffn_up.weight": "F32"}
@@ -198,71 +198,5 @@ def test_values_beyond_f16_are_written_wider_and_named(models, tmp_path):
     assert written["blk.1.ffn_down.weight"].data.tobytes() == weights[big].view(torch.int16).numpy().tobytes()
     np.testing.assert_array_equal(written["blk.0.ffn_up.weight"].data, weights[other].numpy())
     assert {t.tensor_type.name for n, t in written.items() if "ffn_gate" in n} == {"F16"}
-    assert logits_agreement(tmp_path / "b.gguf", base, None, samples_of(2000), n_threads=1).kl_mean <= 1e-3
+    assert logits_agreement(tmp_path / "b.gguf", base, None, samples_of(2000), n_threads=1).kl_mean <= 1e-4
     assert convert(base, tmp_path / "f.gguf", dtype="bf16").wide == {}
-
-
-# --- upstream's own converter ---------------------------------------------------------------------------------
-
-
-def upstream_convert(base, out, dtype="f16"):
-    """Run convert_hf_to_gguf.py of a llama.cpp source tree ($TSUGIKI_LLAMA_CPP)."""
-    tree = Path(UPSTREAM)
-    if not UPSTREAM or not (tree / "convert_hf_to_gguf.py").is_file():
-        pytest.skip("TSUGIKI_LLAMA_CPP names no llama.cpp source tree")
-    done = subprocess.run(
-        [sys.executable, tree / "convert_hf_to_gguf.py", base, "--outfile", out, "--outtype", dtype],
-        env=os.environ | {"PYTHONPATH": str(tree / "gguf-py"), "PYTHONSAFEPATH": ""}, capture_output=True, text=True,
-    )
-    return done
-
-
-# Upstream knows a tokenizer by a hash over a probe string; its table has no line for the bundled ones, so the hash of
-# the bundled tokenizer is put in front of it here. Only tensors and the model's settings are compared.
-PATCH = """
-import sys
-sys.path.insert(1, {tree!r} + "/gguf-py"); sys.path.insert(1, {tree!r})
-from conversion import base
-base.TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre!r}
-sys.argv = ["convert_hf_to_gguf.py", {model!r}, "--outfile", {out!r}, "--outtype", {dtype!r}]
-import runpy
-runpy.run_path({tree!r} + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
-OURS_ALONE = {  # metadata that upstream does not write, or says in other words
-    "general.quantized_by", "general.languages", "general.license", "general.name", "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.unknown_token_id",
-}
-
-
-def contents(path):
-    reader = gguf.GGUFReader(path)
-    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    return fields, {t.name: (t.tensor_type.name, list(t.shape), t.data.tobytes()) for t in reader.tensors}
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tokenizer != "tiny-llmjp"])
-def test_tensors_and_settings_are_those_of_upstreams_converter(models, folder, name):
-    if not UPSTREAM:
-        pytest.skip("TSUGIKI_LLAMA_CPP names no llama.cpp source tree")
-    base, theirs, ours = models(name), folder / f"{name}-theirs.gguf", folder / f"{name}-ours.gguf"
-    pre = {"tiny-llama": "llama-bpe", "tiny-qwen": "qwen2"}[CASES[name].tokenizer]
-    code = PATCH.format(tree=str(Path(UPSTREAM).resolve()), pre=pre, model=str(base), out=str(theirs), dtype="f16")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONSAFEPATH": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
-    convert(base, ours)
-    (our_fields, our_tensors), (their_fields, their_tensors) = contents(ours), contents(theirs)
-    assert set(our_tensors) == set(their_tensors)
-    for tensor, value in their_tensors.items():
-        if tensor == "rope_freqs.weight":  # float64 here, float32 there: the last bit
-            np.testing.assert_allclose(*(np.frombuffer(v[2], np.float32) for v in (our_tensors[tensor], value)), rtol=2e-6)
-        else:
-            assert our_tensors[tensor] == value, tensor
-    for key, value in their_fields.items():
-        if key not in OURS_ALONE and not key.endswith(("attention.key_length", "attention.value_length")):
-            assert our_fields.get(key) == value, key
-    extra = set(our_fields) - set(their_fields) - OURS_ALONE
-    arch = FAMILIES[json.loads((base / "config.json").read_text())["architectures"][0]].name
-    # Upstream leaves these out where llama.cpp's default is the same, and vocab_size for Qwen.
-    allowed = {f"{arch}.{k}" for k in ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length",
-                                       "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.attn_factor")}
-    assert extra <= allowed
