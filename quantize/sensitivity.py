@@ -98,7 +98,7 @@ def groups_of(names: Sequence[str], blocks: int | None = None) -> list[Group]:
 def read_samples(path: Path | str, engine: Engine, tokens: int, chunk: int = 512) -> list[EncodedSample]:
     """Samples with about ``tokens`` scored tokens: completions of encoded samples, or text in chunks.
 
-    A chunk of text is scored from its second token on; documents are runs of eight chunks.
+    A chunk of text is scored from its second token on, and is a document of its own.
 
     Raises:
         UserError: as :func:`tsugiki.quantize.imatrix.read_source`.
@@ -106,7 +106,7 @@ def read_samples(path: Path | str, engine: Engine, tokens: int, chunk: int = 512
     source = read_source(path)
     if source.text:
         pieces = chunks_of(source, engine, tokens, chunk)
-        return [EncodedSample(f"{i}", "", "", f"{i // 8}", prompt_ids=p[:1], completion_ids=p[1:])
+        return [EncodedSample(f"{i}", "", "", str(i), prompt_ids=p[:1], completion_ids=p[1:])
                 for i, p in enumerate(pieces) if len(p) > 1]
     try:
         rows = read_encoded(Path(path))
