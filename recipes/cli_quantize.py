@@ -11,6 +11,7 @@ from rich.markup import escape
 from tsugiki.bases import load_bases, resolve
 from tsugiki.errors import UserError
 from tsugiki.progress import console
+from tsugiki.recipes.cli_levels import add_commands
 from tsugiki.recipes.terminal import (
     HELP,
     BaseOption,
@@ -24,7 +25,7 @@ from tsugiki.recipes.terminal import (
 
 quantize_app = typer.Typer(help="GGUF files, quantization levels, the degradation check.", **HELP)
 stage_command(quantize_app, "gguf", "gguf", "Write base and best adapter as one F16 GGUF and compare it with transformers.")
-stage_command(quantize_app, "levels", "levels", "Quantize to every level and read back what was written.")
+add_commands(quantize_app)
 
 
 @quantize_app.command("convert")
