@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class BenchmarkSettings:
     context: int | None = field(default=None, metadata={"help": "tokens of context of a GGUF; None: all it was trained for"})
     truncate: bool = field(default=False, metadata={"help": "cut prompts that do not fit on the left and count them"})
     chat: bool = field(default=False, metadata={"help": "put every prompt into the model's chat template"})
-    run_code: bool = field(default=False, metadata={"help": "run the code that models write, in the sandbox"})
+    allow_code: bool = field(default=False, metadata={"help": "run the code that models write, in the sandbox"})
     n_gpu_layers: int | None = field(default=None, metadata={"help": "layers on the GPU; None: all, where there is one"})
     batch_size: int = field(default=8, metadata={"help": "of Hugging Face models"})
 
@@ -146,7 +147,13 @@ def check_models(models: Sequence[Model], benchmarks: Sequence[Benchmark], setti
     Raises:
         UserError: all that is wrong, with the tokens asked for and those there are.
     """
-    problems, plain = [], None
+    from lm_eval.api.task import ConfigurableTask
+
+    from tsugiki.evaluate.metrics_saito import use_model
+
+    problems: list[str] = []
+    # prompts that are the same for every model are made once
+    plain = {b.name: None for b in benchmarks if not settings.chat and all(type(t) is ConfigurableTask for t in b.tasks.values())}
     for model in models:
         with opened(model, settings, probe=True) as lm:
             if settings.chat and not lm.chat_template(True):
@@ -156,15 +163,15 @@ def check_models(models: Sequence[Model], benchmarks: Sequence[Benchmark], setti
             if settings.truncate:  # what an answer may need is kept free
                 problems += [f"{b.name}: its answers may have {b.new_tokens:,} tokens; {room}" for b in benchmarks if b.new_tokens >= lm.max_length]
                 continue
-            if settings.chat:
-                prompts = {b.name: _longest(b, settings, lm.apply_chat_template) for b in benchmarks}
-            else:
-                plain = plain or {b.name: _longest(b, settings) for b in benchmarks}
-                prompts = plain
-            for name, texts in prompts.items():
+            use_model(lm)
+            for benchmark in benchmarks:
+                texts = plain.get(benchmark.name) or _longest(benchmark, settings, lm.apply_chat_template if settings.chat else None)
+                if benchmark.name in plain:
+                    plain[benchmark.name] = texts
                 longest = max((len(lm.tok_encode(text)) for text in texts), default=0)
                 if longest >= lm.max_length:
-                    problems.append(f"{name}: its longest prompt has {longest:,} tokens; {room}")
+                    problems.append(f"{benchmark.name}: its longest prompt has {longest:,} tokens; {room}")
+            use_model(None)
     raise_problems(
         problems, what="These models cannot run these tasks",
         hint="Leave these tasks out, or cut prompts that are too long with --truncate: they are counted."
@@ -231,8 +238,8 @@ class _HubProbe:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.max_length = resolve_max_length(AutoConfig.from_pretrained(path), self.tokenizer, default=DEFAULT_MAX_LENGTH)
 
-    def tok_encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def tok_encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def chat_template(self, _: bool) -> str | None:
         return self.tokenizer.chat_template
@@ -313,6 +320,9 @@ def _evaluate(lm, benchmark: Benchmark, settings: BenchmarkSettings) -> dict:
     """lm-eval's ``evaluate`` from the state its command line starts in."""
     from lm_eval.evaluator import evaluate
 
+    from tsugiki.evaluate import sandbox
+    from tsugiki.evaluate.metrics_saito import use_model
+
     for task in benchmark.tasks.values():
         draw_shots_anew(task, benchmark.metadata)
     random.seed(0)
@@ -324,10 +334,20 @@ def _evaluate(lm, benchmark: Benchmark, settings: BenchmarkSettings) -> dict:
         if len(kinds) > 1:
             raise UserError(f"{benchmark.name} has subtasks with and without BOS", hint="Run them apart.")
         lm.add_bos_token = False if kinds == {"never"} else None
-    return evaluate(
-        lm=lm, task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups}, limit=settings.limit, log_samples=True,
-        apply_chat_template=settings.chat, fewshot_as_multiturn=True, confirm_run_unsafe_code=settings.run_code,
-    )  # fmt: skip
+    before = os.environ.get(sandbox.ALLOW)
+    os.environ[sandbox.ALLOW] = "1" if settings.allow_code else "0"
+    use_model(lm)  # some tasks cut prompts and count tokens as the model does
+    try:
+        return evaluate(
+            lm=lm, task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups}, limit=settings.limit, log_samples=True,
+            apply_chat_template=settings.chat, fewshot_as_multiturn=True, confirm_run_unsafe_code=settings.allow_code,
+        )  # fmt: skip
+    finally:
+        use_model(None)
+        if before is None:
+            del os.environ[sandbox.ALLOW]
+        else:
+            os.environ[sandbox.ALLOW] = before
 
 
 # --- scores -----------------------------------------------------------------------------------------------------

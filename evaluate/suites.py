@@ -123,7 +123,7 @@ class Benchmark:
 
 
 def load_benchmarks(
-    suites: Sequence[str], names: Sequence[str] = (), *, include: Sequence[Path] = (), run_code: bool = False
+    suites: Sequence[str], names: Sequence[str] = (), *, include: Sequence[Path] = (), allow_code: bool = False
 ) -> tuple[list[Benchmark], dict[str, str]]:
     """Choose tasks and load their data.
 
@@ -131,7 +131,7 @@ def load_benchmarks(
         suites: of :data:`SUITES`, or ``all``.
         names: further tasks: bundled, from ``include``, lm-eval's built-in ones, or YAML files.
         include: folders with task YAMLs of the user's.
-        run_code: tasks that run model-written code are wanted.
+        allow_code: tasks that run model-written code are wanted.
 
     Returns:
         the benchmarks, and task → sentence for those of the suites whose data is not there (or that would run code).
@@ -152,18 +152,20 @@ def load_benchmarks(
         bundled = "none" if not files else ", ".join(files)
         raise UserError("no task was chosen", hint=f"Give --suite {'|'.join(SUITES)}|all or --tasks; bundled or included: {bundled}.")
     with quiet():
-        return _load_all(chosen, named, files, include, run_code)
+        return _load_all(chosen, named, files, include, allow_code)
 
 
-def _load_all(chosen: list[str], named: list[str], files: Mapping[str, dict], include: Sequence[Path], run_code: bool):
+def _load_all(chosen: list[str], named: list[str], files: Mapping[str, dict], include: Sequence[Path], allow_code: bool):
     manager = _manager(files, named, include)
     found, missing, problems = [], {}, []
     for name in (*chosen, *named):
         try:
             loaded = _load(manager, name, files)
             unsafe = [t for b in loaded for t in b.tasks.values() if getattr(t, "UNSAFE_CODE", False)]
-            if unsafe and not run_code:
-                raise _NotHere(f"{name} runs code that the model writes: it needs --run-code, and then runs it in a sandbox")
+            if unsafe and not allow_code:
+                raise _NotHere(f"{name} runs code that the model writes: it needs --allow-code, and then runs it in a sandbox")
+            if unsafe:
+                _see_the_sandbox(name)
             found += loaded
         except _NotHere as error:
             if name in named:
@@ -201,6 +203,15 @@ def quiet() -> Iterator[None]:
 
 class _NotHere(UserError):
     """What a suite can do without: its other tasks go on."""
+
+
+def _see_the_sandbox(name: str) -> None:
+    from tsugiki.evaluate.sandbox import mechanism
+
+    try:
+        mechanism()
+    except UserError as error:
+        raise _NotHere(f"{name}: {error}") from error
 
 
 def _manager(files: Mapping[str, dict], named: Iterable[str], include: Sequence[Path]):

@@ -138,7 +138,7 @@ def evaluate_run(
     context: Annotated[int | None, typer.Option(help="Tokens of context of a GGUF; else all it was trained for.", show_default=False)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the base whose Hugging Face tokenizer encodes for GGUF files; else their own.", show_default=False)] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a GGUF on the GPU; else all, where there is one.", show_default=False)] = None,
-    run_code: Annotated[bool, typer.Option("--run-code", help="Run the code that models write (HumanEval, JHumanEval), in a sandbox.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run the code that models write (HumanEval, JHumanEval), in a sandbox.")] = False,
 ) -> None:
     """Score models on the papers' benchmarks, by lm-eval. Finished requests are kept; run again to go on."""
     import os
@@ -149,10 +149,10 @@ def evaluate_run(
 
     if data_dir is not None:
         os.environ["TSUGIKI_DATA"] = str(data_dir)  # where the task files look
-    settings = BenchmarkSettings(limit=limit, context=context, truncate=truncate, chat=chat, run_code=run_code, n_gpu_layers=gpu_layers)
+    settings = BenchmarkSettings(limit=limit, context=context, truncate=truncate, chat=chat, allow_code=allow_code, n_gpu_layers=gpu_layers)
     chosen = find_models(models, runs=runs, bases=load_bases(BASES), tokenizer=tokenizer)
     named = [t.strip() for t in tasks.split(",") if t.strip()]
-    benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), run_code=run_code)
+    benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), allow_code=allow_code)
     out = out or runs / "benchmarks"
     rows = run_benchmarks(chosen, benchmarks, settings, out=out, results=runs / "results.sqlite", say=lambda text: console.print(escape(text)))
     show_benchmarks(rows, missing, limit)

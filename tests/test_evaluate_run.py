@@ -408,7 +408,7 @@ def test_code_of_models_is_not_run_unasked(monkeypatch):
     if not (shared / "benchmarks" / "humaneval").is_dir() or not unsafe:
         pytest.skip("no task with code, or its data is not here")
     monkeypatch.setenv("TSUGIKI_DATA", str(shared))
-    with pytest.raises(UserError, match="--run-code"):
+    with pytest.raises(UserError, match="--allow-code"):
         load_benchmarks((), unsafe[:1])
 
 
