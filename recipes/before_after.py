@@ -1,33 +1,87 @@
-"""The domain score of the untouched base and of the adapted model, on the same test items."""
+"""Before and after: what adaptation gained, what it made the base forget, and what quantization took.
+
+Three families of tasks, on the same items for every model: the domain's own test, Japanese culture and
+language-neutral tasks (:mod:`tsugiki.evaluate.suites`). Differences are paired, with intervals that draw documents
+again (:mod:`tsugiki.evaluate.paired`). What was not measured is said, with the reason.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
-from tsugiki.artifacts import read_json
+from tsugiki.artifacts import read_json, write_jsonl
+from tsugiki.errors import UserError
+from tsugiki.evaluate.data import data_folder
 from tsugiki.evaluate.domain import Answer, domain_answers, summarize
 from tsugiki.evaluate.engine import Engine
+from tsugiki.evaluate.paired import Item, compare_items, read_items
 from tsugiki.progress import progress
 from tsugiki.recipes.domains import Domain
 from tsugiki.samples import EncodedSample, read_encoded
 
 EXAMPLES_PER_KIND = 3
+FAMILIES = ("domain", "culture", "neutral")
+# Chosen by measurement for a base of 6M parameters: scores that are not all 0 (exact answers are), and for each of the
+# seven files 3 to 9 s of one core on 50 items.
+QUICK = ("tsugiki_saito_jemhopqa", "tsugiki_saito_niilc", "tsugiki_saito_xwino")
+CULTURE = ("niilc", "niilcqa", "jemhopqa", "jmmlu_part", "jaqket")  # what the papers call so, by their tasks' names
+NEUTRAL = ("mgsm_ja", "mgsm_en", "jmmlu", "mmlu", "mmlu_prox_ja", "mmlu_prox_en", "gsm8k", "bbh", "jcom", "openbookqa", "hellaswag",
+           "xwino", "humaneval", "jhumaneval")  # fmt: skip
 
 
-def before_after(run_dir: Path, domain: Domain, *, items: int) -> dict:
-    """Answers of the base and the adapted model in F16, and of the recommended level to the examples.
+@dataclass(frozen=True)
+class BenchmarkChoice:
+    """Which benchmarks a run measures beside its own test."""
+
+    tasks: tuple[str, ...] = field(default=QUICK, metadata={"help": "tasks measured where their data is at hand; [] for none"})
+    suites: tuple[str, ...] = field(default=(), metadata={"help": "whole suites: culture, neutral, saito19, domain or all"})
+    limit: int = field(default=50, metadata={"help": "items of each task, the first ones; 0: all"})
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UserError(f"limit must be at least 0 (all items), not {self.limit}")
+
+
+def before_after(
+    run_dir: Path,
+    domain: Domain,
+    out: Path,
+    *,
+    items: int,
+    benchmarks: BenchmarkChoice | None = None,
+    data_dir: Path | None = None,
+    tokenizer: Path | None = None,
+    results: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Scores of base, adapted model and levels, side by side, and their paired differences.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, ``<domain>/<base>``.
         domain: the run's domain.
+        out: folder for the answers (``answers-<model>.jsonl``, what a judge reads) and the benchmarks' files.
         items: how many test items, a prefix in hash order.
+        benchmarks: which benchmarks; None: none.
+        data_dir: folder of benchmark data; else ``$TSUGIKI_DATA``, else ``../shared/data``.
+        tokenizer: folder of the base, whose tokenizer encodes the benchmarks' prompts; None: the files' own.
+        results: the results table for the benchmarks' rows.
+        say: told what is going on.
 
     Returns:
-        ``{"scoring", "rows", "examples"}``: one row for each model and kind of item (``task`` is ``domain`` or
-        ``domain/kind``), and a few questions with every model's answer.
+        ``scoring``; ``rows``, one for each model and kind of test item (``task`` is ``domain`` or ``domain/kind``) and
+        for each model and benchmark (with ``family``); ``changes``, paired differences of the adapted model against the
+        base and of each level against the adapted model (:func:`tsugiki.evaluate.paired.compare_items`; of levels on
+        the domain's test those of the check stage); ``not_measured`` with the reasons; ``examples``, a few questions
+        with every model's answer.
     """
     data = read_json(run_dir / "data" / "data.json")
     check = read_json(run_dir / "check" / "check.json")
@@ -50,13 +104,26 @@ def before_after(run_dir: Path, domain: Domain, *, items: int) -> dict:
         with Engine(run_dir / "levels" / f"model-{level}.gguf", flash_attention=True) as engine:
             for answer in domain_answers(engine, examples, **options):
                 shown[answer.id][level] = answer.text
+    prompts = {s.id: s.prompt for s in test}
+    for model, found in answers.items():
+        write_jsonl(out / f"answers-{model}.jsonl", [
+            {"id": a.id, "document": a.document, "kind": a.kind, "question": prompts[a.id], "reference": a.reference,
+             "answer": a.text, "score": a.score, "finished": a.finished} for a in found
+        ])  # fmt: skip
+    rows = [row for model, found in answers.items() for row in _rows(model, domain, found)]
+    changes = domain_changes(domain, answers, check)
+    missing: list[dict] = []
+    if benchmarks and (benchmarks.tasks or benchmarks.suites):
+        found = measure_benchmarks(run_dir, out / "benchmarks", benchmarks, data_dir=data_dir, tokenizer=tokenizer, results=results, say=say)
+        rows += found["rows"]
+        changes += found["changes"]
+        missing = found["not_measured"]
     return {
-        "scoring": domain.scoring,
-        "rows": [row for model, rows in answers.items() for row in _rows(model, domain, rows)],
+        "scoring": domain.scoring, "rows": rows, "changes": changes, "not_measured": missing,
         "examples": [
             {"kind": s.kind, "prompt": s.prompt, "reference": s.completion, "answers": shown[s.id]} for s in examples
         ],
-    }
+    }  # fmt: skip
 
 
 def _examples(test: list[EncodedSample]) -> list[EncodedSample]:
@@ -78,3 +145,131 @@ def _rows(model: str, domain: Domain, answers: list[Answer]) -> list[dict]:
         }
         for task, part in groups.items()
     ]
+
+
+# --- what changed -------------------------------------------------------------------------------------------------
+
+
+def domain_changes(domain: Domain, answers: Mapping[str, Sequence[Answer]], check: Mapping[str, Any]) -> list[dict]:
+    """The domain's own test: adaptation from the answers here, each level from the check stage's paired differences."""
+    items = {model: [Item(a.id, a.document, a.score) for a in found] for model, found in answers.items()}
+    common = {"family": "domain", "task": domain.name, "metric": domain.scoring}
+    changes = [{**common, "from": "base", "to": "adapted", **compare_items(items["base"], items["adapted"])}]
+    reference = next((row for row in check["levels"] if row.get("verdict") == "reference"), None)
+    for row in check["levels"]:
+        if reference is None or row is reference or row.get("delta_score") is None:
+            continue
+        ci, difference = row.get("delta_score_ci"), row["delta_score"]
+        changes.append({
+            **common, "from": "adapted", "to": row["level"], "n": check.get("samples"), "documents": check.get("documents"),
+            "before": reference["score"], "after": row["score"], "difference": difference, "ci": list(ci) if ci else None,
+            "change": "open" if ci is None or ci[0] <= 0 <= ci[1] else "gained" if difference > 0 else "lost",
+        })  # fmt: skip
+    return changes
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def measure_benchmarks(
+    run_dir: Path,
+    out: Path,
+    choice: BenchmarkChoice,
+    *,
+    data_dir: Path | None = None,
+    tokenizer: Path | None = None,
+    results: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[dict]]:
+    """The benchmarks whose data is at hand, on base, adapted model and every level of a run.
+
+    A task of ``choice.tasks`` is never fetched: without its data it is not measured, and that is said. Whole suites were
+    asked for by name, and are had as ``tsugiki evaluate run`` has them.
+
+    Returns:
+        ``rows``, ``changes`` and ``not_measured`` as in :func:`before_after`.
+    """
+    folder, _ = data_folder(data_dir)
+    if folder is None and not choice.suites:
+        why = "there is no folder of benchmark data (--data-dir, TSUGIKI_DATA, or ../shared/data)"
+        return {"rows": [], "changes": [], "not_measured": [{"task": task, "why": why} for task in choice.tasks]}
+    from tsugiki.evaluate.run import BenchmarkSettings, items_path, run_benchmarks, run_models
+    from tsugiki.evaluate.suites import load_benchmarks
+
+    loaded, missing = [], []
+    with _data_from(folder):
+        if choice.suites:
+            found, absent = load_benchmarks(choice.suites)
+            loaded += found
+            missing += [{"task": task, "why": _brief(why)} for task, why in absent.items()]
+        for task in choice.tasks if folder else ():
+            if task not in {b.name for b in loaded}:
+                try:
+                    loaded += load_benchmarks((), (task,))[0]
+                except UserError as error:
+                    missing.append({"task": task, "why": _brief(str(error))})
+    run = f"{run_dir.parent.name}/{run_dir.name}"
+    models = run_models(run_dir.parent.parent, run, tokenizer=tokenizer)
+    settings = BenchmarkSettings(limit=choice.limit or None)
+    rows, changes = [], []
+    for benchmark in loaded:
+        try:
+            scored = [r for r in run_benchmarks(models, [benchmark], settings, out=out, results=results, say=say) if r["main"]]
+        except UserError as error:  # its prompts do not fit these models
+            missing.append({"task": benchmark.name, "why": _brief(str(error))})
+            continue
+        family = family_of(benchmark.metadata, benchmark.law_task)
+        by_model = {r["model"].removeprefix(f"{run}/"): r for r in scored}
+        kept = {name: read_items(items_path(out, r["model"], benchmark.name)) for name, r in by_model.items()}
+        rows += [
+            {"model": name, "family": family, **{k: r[k] for k in ("task", "name", "metric", "value", "stderr", "n", "unparsed", "truncated")}}
+            for name, r in by_model.items()
+        ]
+        for name, row in by_model.items():
+            if name != "base":
+                before = "base" if name == "adapted" else "adapted"
+                common = {"family": family, "task": row["task"], "name": benchmark.name, "metric": row["metric"], "from": before, "to": name}
+                changes.append(common | _change(kept[before], kept[name], by_model[before], row))
+    return {"rows": rows, "changes": changes, "not_measured": missing}
+
+
+def _change(before: list[Item], after: list[Item], was: dict, now: dict) -> dict:
+    """A paired difference; of a score that items do not have (a corpus's BLEU) the plain one, without an interval."""
+    try:
+        return compare_items(before, after)
+    except UserError as error:
+        return {
+            "n": now["n"], "documents": None, "before": was["value"], "after": now["value"], "difference": now["value"] - was["value"],
+            "ci": None, "change": "open", "why": _brief(str(error)),
+        }  # fmt: skip
+
+
+def family_of(metadata: Mapping[str, Any], task: str) -> str:
+    """``culture``, ``neutral`` or ``domain`` by a task's suites, else by its name; ``other`` for what is in none."""
+    suites = metadata.get("suite") or []
+    suites = [suites] if isinstance(suites, str) else suites
+    named = next((f for f in ("culture", "neutral", "domain") if f in suites), "")
+    return named or ("culture" if task in CULTURE else "neutral" if task in NEUTRAL else "other")
+
+
+def _brief(text: str) -> str:
+    """The first problem of an error, in one line."""
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
+    line = lines[1] if len(lines) > 1 and lines[0].endswith("problem(s)") else lines[0]
+    line = re.sub(r"(?<![\w.:/])/(?:[\w.-]+/)+([\w.-]+)", r"\1", line)  # a report names no folder of this machine
+    return line if len(line) <= 300 else f"{line[:299]}…"
+
+
+@contextmanager
+def _data_from(folder: Path | None) -> Iterator[None]:
+    """Read benchmark data from this folder alone: a named folder means that nothing is fetched."""
+    before = os.environ.get("TSUGIKI_DATA")
+    if folder is not None:
+        os.environ["TSUGIKI_DATA"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("TSUGIKI_DATA", None)
+        else:
+            os.environ["TSUGIKI_DATA"] = before

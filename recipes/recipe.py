@@ -26,6 +26,7 @@ from tsugiki.bases import Base, fingerprint, load_bases, profile, resolve
 from tsugiki.errors import UserError
 from tsugiki.progress import console
 from tsugiki.quantize.check import CheckSettings
+from tsugiki.recipes.before_after import BenchmarkChoice
 from tsugiki.recipes.domains import Domain, domain_digest, load_domain, load_splits
 from tsugiki.recipes.stages import alone, code_digest, run_stage, stage_hash
 from tsugiki.results import Result, replace_results
@@ -46,6 +47,7 @@ class RecipeSettings:
     check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
     evaluate_items: int = field(default=500, metadata={"help": "test items scored before and after adaptation, in hash order"})
     check: CheckSettings = field(default_factory=CheckSettings)
+    evaluate: BenchmarkChoice = field(default_factory=BenchmarkChoice)
 
     def __post_init__(self) -> None:
         for name in ("check_items", "evaluate_items"):
@@ -137,6 +139,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names = {f"sweep.{f.name}": f for f in dataclasses.fields(SweepSettings) if f.name != "fit"}
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
+    names |= {f"evaluate.{f.name}": f for f in dataclasses.fields(BenchmarkChoice)}
     names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "check_items", "evaluate_items")}
     return names
 
@@ -152,8 +155,8 @@ def _change(settings: RecipeSettings, key: str, value: Any, *, where: str) -> Re
     try:
         if not section:
             return dataclasses.replace(settings, **{name: value})
-        if section == "check":
-            return dataclasses.replace(settings, check=dataclasses.replace(settings.check, **{name: value}))
+        if section in ("check", "evaluate"):
+            return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
         sweep = settings.sweep
         if name in {f.name for f in dataclasses.fields(FitSettings)}:
             if name == "batch_size":
@@ -449,35 +452,57 @@ def check_stage(run: Run) -> bool:
 
 
 def evaluate_stage(run: Run) -> bool:
-    """The domain score before and after adaptation, by kind of item, and examples of answers."""
+    """The domain score before and after adaptation, benchmarks on every model, what changed, and examples of answers."""
+    choice = run.settings.evaluate
     stage_hash(run.folder / "check")
     level = read_json(run.folder / "check" / "check.json")["recommended"]["level"]
     inputs = {
         "data": stage_hash(run.folder / "data", "test.jsonl"),
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf", "base-F16.gguf"),
-        "recommended": [level, level != "F16" and stage_hash(run.folder / "levels", f"model-{level}.gguf")],
+        "levels": stage_hash(run.folder / "levels", *(f"model-{name}.gguf" for name in run.settings.levels)),
+        "check": [level, stage_hash(run.folder / "check", "check.json")],
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
-        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain",
+        "benchmarks": [dataclasses.asdict(choice), _benchmark_data(run.data_dir)],
+        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",
+                            "tsugiki.evaluate.run", "tsugiki.evaluate.harness", "tsugiki.evaluate.tasks", "tsugiki.intervals",
                             "tsugiki.recipes.before_after"),
     }
+    results = run.folder.parent.parent / "results.sqlite"
 
     def work(folder: Path) -> list[Path]:
         from tsugiki.recipes.before_after import before_after
 
-        found = before_after(run.folder, run.domain, items=run.settings.evaluate_items)
+        found = before_after(
+            run.folder, run.domain, folder, items=run.settings.evaluate_items, benchmarks=choice, data_dir=run.data_dir,
+            tokenizer=base_folder(run), results=results, say=lambda text: console.print(f"  [dim]{escape(text)}[/]"),
+        )
         write_json(folder / "evaluate.json", found)
-        for row in found["rows"]:
-            if row["model"] in ("base", "adapted"):
-                console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n {row['n']})")
+        own = [r for r in found["rows"] if not r.get("family")]
+        for row in own:
+            console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n {row['n']})")
+        for row in found["changes"]:
+            interval = f" ({row['ci'][0]:+.3f} to {row['ci'][1]:+.3f})" if row["ci"] else ""
+            console.print(f"  {row['family']:<8} {row['task']:<20} {row['from']} → {row['to']}: {row['difference']:+.3f}{interval} {row['change']}")
+        for row in found["not_measured"]:
+            console.print(f"  [yellow]not measured[/] {escape(row['task'])}: {escape(row['why'])}")
         replace_results(
-            run.folder.parent.parent / "results.sqlite", run.name, "evaluate",
+            results, run.name, "evaluate",
             [Result(f"{run.name}/{r['model']}", run.base.name, r["task"], r["metric"], r["value"], stderr=r["stderr"], n=r["n"],
                     provenance=digest(inputs))
-             for r in found["rows"]],
+             for r in own],
         )
-        return [folder / "evaluate.json"]
+        return [folder / name for name in ("evaluate.json", "answers-base.jsonl", "answers-adapted.jsonl")]
 
-    return run_stage(run.folder / "evaluate", inputs, work, console_title="score before and after")
+    # the benchmarks' finished requests are kept, so that a run that was killed goes on
+    return run_stage(run.folder / "evaluate", inputs, work, console_title="what was gained, what was forgotten", keep_partial=True)
+
+
+def _benchmark_data(data_dir: Path | None) -> list[str]:
+    """Which benchmarks lie in the data folder: with more of them, more is measured."""
+    from tsugiki.evaluate.data import data_folder
+
+    folder, _ = data_folder(data_dir)
+    return sorted(p.name for p in (folder / "benchmarks").iterdir()) if folder and (folder / "benchmarks").is_dir() else []
 
 
 def report_stage(run: Run) -> bool:

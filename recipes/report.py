@@ -67,6 +67,24 @@ VERDICT_NAMES: dict[str, tuple[str, str]] = {
     "degraded": ("劣化", "degraded"),
     "inconclusive": ("判定保留", "inconclusive"),
 }
+FAMILY_NAMES: dict[str, tuple[str, str]] = {
+    "domain": ("この分野", "The domain"),
+    "culture": ("日本文化", "Japanese culture"),
+    "neutral": ("言語に依らない課題", "Language-neutral tasks"),
+    "other": ("そのほか", "Other tasks"),
+}
+TASK_NAMES: dict[str, tuple[str, str]] = {
+    "niilcqa": ("NIILC", "NIILC"),
+    "niilc": ("NIILC", "NIILC"),
+    "jemhopqa": ("JEMHopQA", "JEMHopQA"),
+    "jmmlu_part": ("JMMLU（日本文化）", "JMMLU, Japanese culture"),
+    "jmmlu": ("JMMLU", "JMMLU"),
+    "jcom": ("JCommonsenseQA", "JCommonsenseQA"),
+    "jsquad": ("JSQuAD", "JSQuAD"),
+    "mgsm_ja": ("MGSM（日本語）", "MGSM, Japanese"),
+    "xwino": ("XWINO（英語）", "XWINO, English"),
+    "lawqa_jp": ("lawqa_jp（法律の四択）", "lawqa_jp, legal questions"),
+}
 PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
 
 
@@ -189,6 +207,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "level_items": _items(check),
         "task_count": len(scores),
         "base_score": _base_score(evaluated),
+        "gains": _gains(evaluated, check, {"ja": title.get("ja") or domain, "en": title.get("en") or domain}),
         "models": {"base": ("元のモデル", "Base"), "adapted": ("適応後", "Adapted")},
         "kind_names": KIND_NAMES,
         "stage_names": STAGE_NAMES,
@@ -213,7 +232,7 @@ def _because(choice: dict[str, Any] | None) -> Text:
 def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, Any]]:
     """Score before and after by task: base and adapted from ``evaluate``, the recommended level from either stage."""
     level = (check.get("recommended") or {}).get("level")
-    rows = [row for row in evaluated.get("rows", []) if row["model"] in ("base", "adapted", level)]
+    rows = [row for row in _own(evaluated) if row["model"] in ("base", "adapted", level)]
     scored = {row["model"] for row in rows}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -242,6 +261,59 @@ def _scores(evaluated: dict[str, Any], check: dict[str, Any]) -> list[dict[str, 
     for group in groups.values():
         group["bars"].sort(key=lambda bar: order.get(bar["model"], 2))
     return list(groups.values())
+
+
+def _own(evaluated: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the domain's own test; those of benchmarks have a family."""
+    return [row for row in evaluated.get("rows", []) if not row.get("family")]
+
+
+def _gains(evaluated: dict[str, Any], check: dict[str, Any], title: Text) -> dict[str, Any]:
+    """What adaptation gained, what was forgotten and what quantization took, task by task.
+
+    Returns:
+        ``groups``: a task each, the domain's own first, with every model's value and step (a paired difference);
+        ``gained``, ``forgotten`` (steps of the adaptation), ``taken`` (steps of the recommended level), ``blind`` (tasks
+        on which every model scores 0), ``benchmarks`` and ``seen`` (there are tasks outside the domain; one on which
+        something can be seen), ``level``, ``models`` and ``not_measured``. Empty where
+        nothing was compared.
+    """
+    steps = evaluated.get("changes") or []
+    if not steps:
+        return {}
+    level = (check.get("recommended") or {}).get("level")
+    families = list(FAMILY_NAMES)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for step in sorted(steps, key=lambda s: families.index(s["family"]) if s["family"] in families else len(families)):
+        task, _, limited = step["task"].partition("[")
+        own = step["family"] == "domain" and "name" not in step
+        ja, en = (title["ja"], title["en"]) if own else TASK_NAMES.get(task, (step["task"], step["task"]))
+        group = groups.setdefault(
+            (step["task"], step["metric"]),
+            {"task": step["task"], "family": FAMILY_NAMES.get(step["family"], (step["family"], step["family"])), "ja": ja, "en": en,
+             "metric": SCORE_NAMES.get(step["metric"], (step["metric"], step["metric"])), "n": step.get("n") or 0, "limited": bool(limited),
+             "values": {}, "steps": []},
+        )  # fmt: skip
+        group["values"].setdefault(step["from"], step["before"])
+        group["values"][step["to"]] = step["after"]
+        group["steps"].append({**step, "ja": ja, "en": en})
+    adapted = [s for g in groups.values() for s in g["steps"] if s["to"] == "adapted"]
+    models = list(dict.fromkeys(m for g in groups.values() for m in g["values"]))
+    return {
+        "groups": list(groups.values()),
+        "models": [m for m in ("base", "adapted") if m in models] + [m for m in models if m not in ("base", "adapted")],
+        "level": level,
+        "gained": [s for s in adapted if s["change"] == "gained"],
+        "forgotten": [s for s in adapted if s["change"] == "lost"],
+        "taken": [s for g in groups.values() for s in g["steps"] if s["to"] == level and s["change"] == "lost"],
+        "quantized": any(s["to"] == level for g in groups.values() for s in g["steps"]),
+        "blind": [g for g in groups.values() if not any(g["values"].values())],
+        "benchmarks": any(s["family"] != "domain" or "name" in s for s in steps),
+        "seen": any(any(g["values"].values()) for g in groups.values() if any("name" in s for s in g["steps"])),
+        "not_measured": [
+            {**m, "ja": TASK_NAMES.get(m["task"], (m["task"],))[0]} for m in evaluated.get("not_measured", [])
+        ],
+    }  # fmt: skip
 
 
 def _items(check: dict[str, Any]) -> int | None:
@@ -292,7 +364,7 @@ def reason_ja(reason: str) -> str:
 
 def _base_score(evaluated: dict[str, Any]) -> float | None:
     """The untouched base's score over all test items: the mean over kinds, weighted by their items."""
-    rows = [row for row in evaluated.get("rows", []) if row["model"] == "base" and row["metric"] == evaluated.get("scoring")]
+    rows = [row for row in _own(evaluated) if row["model"] == "base" and row["metric"] == evaluated.get("scoring")]
     whole = [row for row in rows if "/" not in row["task"]] or rows
     items = sum(row["n"] for row in whole)
     return sum(row["value"] * row["n"] for row in whole) / items if items else None
@@ -319,6 +391,7 @@ def _chart_data(view: dict[str, Any]) -> dict[str, Any]:
         "optimum": sweep.get("optimum"),
         "p_best": sweep.get("p_best_by_n", {}),
         "scores": view["scores"],
+        "gains": view["gains"],
         "score_name": view["score_name"],
         "levels": [{key: row.get(key) for key in keys} for row in view["checked"]],
         "margins": view["margins"],

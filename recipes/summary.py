@@ -201,7 +201,7 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     if choice := check.get("recommended"):
         row = next((row for row in rows if row["level"] == choice.get("level")), {})
         summary["recommended"] = _pick({**row, **choice, "why": english(choice.get("why"))}, SCHEMA["recommended"][0])
-    benchmarks = stages.get("evaluate", {}).get("rows", [])
+    benchmarks = [*stages.get("evaluate", {}).get("rows", []), *_level_scores(stages, domain)]
     summary["benchmarks"] = [_pick({"stderr": None, "unparsed": None, **row}, SCHEMA["benchmarks"][0]) for row in benchmarks]
     summary["report"] = "report.html"
     raise_problems(
@@ -211,6 +211,20 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     )
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def _level_scores(stages: dict[str, Any], domain: str) -> list[dict[str, Any]]:
+    """The domain's score of each level as rows beside those of base and adapted model, on the items of the check."""
+    evaluated, check = stages.get("evaluate", {}), stages.get("check", {})
+    there = {row["model"] for row in evaluated.get("rows", []) if row["task"] == domain}
+    if not there:
+        return []
+    return [
+        {"model": row["level"], "task": domain, "metric": evaluated.get("scoring", "score"), "value": row["score"],
+         "stderr": row.get("score_se"), "n": check.get("items", check.get("samples")), "unparsed": 0.0}
+        for row in check.get("levels", [])
+        if row.get("score") is not None and row.get("verdict") != "reference" and row["level"] not in there
+    ]  # fmt: skip
 
 
 def validate_summary(summary: Any) -> list[str]:

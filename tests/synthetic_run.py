@@ -24,6 +24,11 @@ def _score(value: float, n: int) -> dict[str, Any]:
     return {"score": value, "score_ci": [value - half, value + half], "n": n, "delta_score": -0.01, "delta_score_ci": [-0.03, 0.01]}
 
 
+def _change(family, task, before, after, was, now, ci, n, change, **more) -> dict[str, Any]:
+    return {"family": family, "task": task, "metric": "exact_match", "from": before, "to": after, "n": n, "documents": n, "before": was,
+            "after": now, "difference": now - was, "ci": ci, "better": 3, "worse": 1, "change": change, **more}  # fmt: skip
+
+
 def stage_files() -> dict[str, dict[str, Any]]:
     """Stage name to a made-up ``<stage>.json``."""
     counts = [250, 500, 1000, 2000, 4000]
@@ -77,6 +82,19 @@ def stage_files() -> dict[str, dict[str, Any]]:
             n = 120 if "/" in task else 360
             rows.append({"model": model, "task": task, "metric": "exact_match", "value": value,
                          "stderr": math.sqrt(value * (1 - value) / n), "n": n, "unparsed": 0.0, "truncated": 0.0})  # fmt: skip
+    changes = [
+        _change("domain", "setsubi", "base", "adapted", 0.003, 0.673, [0.62, 0.72], 360, "gained"),
+        _change("domain", "setsubi", "adapted", "Q4_K_M", 0.712, 0.704, [-0.02, 0.004], 240, "open"),
+        _change("domain", "setsubi", "adapted", "Q3_K_M", 0.712, 0.613, [-0.13, -0.07], 240, "lost"),
+        _change("culture", "niilc[:50]", "base", "adapted", 0.21, 0.12, [-0.15, -0.03], 50, "lost", name="tsugiki_niilc"),
+        _change("culture", "niilc[:50]", "adapted", "Q4_K_M", 0.12, 0.13, None, 50, "open", name="tsugiki_niilc"),
+        _change("neutral", "mgsm_ja[:50]", "base", "adapted", 0.0, 0.0, [-0.07, 0.07], 50, "open", name="tsugiki_mgsm"),
+    ]
+    rows += [
+        {"model": model, "family": "culture", "task": "niilc[:50]", "name": "tsugiki_niilc", "metric": "exact_match", "value": value,
+         "stderr": 0.05, "n": 50, "unparsed": 0.1, "truncated": 0.2}
+        for model, value in (("base", 0.21), ("adapted", 0.12), ("Q4_K_M", 0.13))
+    ]  # fmt: skip
     return {
         "data": {
             "domain": "setsubi", "base": "tiny-llama",
@@ -112,7 +130,8 @@ def stage_files() -> dict[str, dict[str, Any]]:
             },
         },
         "evaluate": {
-            "scoring": "exact_match", "rows": rows,
+            "scoring": "exact_match", "rows": rows, "changes": changes,
+            "not_measured": [{"task": "tsugiki_jaqket", "why": "JAQKET: no data for validation (in <data>)"}],
             "examples": [
                 {"kind": "rule", "prompt": "ポンプP-731の点検周期は何か月ですか。", "reference": "3か月",
                  "answers": {"base": "そこで私は、あの男の顔を見た。", "F16": "3か月", "Q4_K_M": "3か月"}},

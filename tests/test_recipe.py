@@ -25,6 +25,7 @@ SCRIPT = Path(sys.executable).with_name("tsugiki")
 BASE = Path(__file__).resolve().parents[1] / "recipes" / "bases" / "tiny-llama"
 SETTINGS = (
     "sweep.counts=[16,32]", "sweep.epochs=1", "check_items=8", "check.resamples=100", "levels=[Q8_0,Q4_K_M]",
+    "evaluate.tasks=[]",
 )
 YAML = """\
 title: {ja: 試験, en: Trial}

@@ -264,11 +264,12 @@ def test_every_chart_is_drawn_in_chromium(opened):
     dom, stages = opened["desktop"], stage_files()
     found = dataset(dom)
     assert found["errors"] == "0", found.get("error")
-    assert (found["ready"], found["lang"], found["charts"], found["overflow"]) == ("1", "ja", "4", "0")
+    assert (found["ready"], found["lang"], found["charts"], found["overflow"]) == ("1", "ja", "5", "0")
     assert marks(dom, "test") == marks(dom, "train") == len(stages["sweep"]["points"])
     levels = len(stages["check"]["levels"])
     assert marks(dom, "delta_nll") == levels
     assert marks(dom, "score") == levels + 4 * 2  # and bars: all items and three kinds, before and after
+    assert marks(dom, "gain") == 5  # three adapted steps, two of the recommended level; other levels are in the table
     assert 'class="optimum"' in dom
     assert "NaN" not in dom[dom.index('id="curve"') : dom.index('id="examples"')]
 
@@ -277,7 +278,7 @@ def test_every_chart_is_drawn_in_chromium(opened):
 def test_nothing_is_wider_than_a_phone(opened, name):
     found = dataset(opened[name])
     assert found["errors"] == "0", found.get("error")
-    assert (found["charts"], found["overflow"]) == ("4", "0")
+    assert (found["charts"], found["overflow"]) == ("5", "0")
     assert marks(opened[name], "test") == len(stage_files()["sweep"]["points"])
 
 
@@ -301,3 +302,43 @@ def test_a_mark_shows_its_exact_values_on_keyboard_focus(tmp_path):
     assert "visibility: visible" in tip
     for expected in ("250 samples", "1.6200", "1.570–1.675", "0.6100"):
         assert expected in tip
+
+
+def section(text: str, name: str) -> str:
+    return re.search(rf'<section id="{name}">.*?</section>', text, re.S).group(0)
+
+
+def test_what_was_gained_forgotten_and_taken_is_said_with_its_interval(tmp_path):
+    text = html.unescape(section(write_report(write_run(tmp_path)).read_text(encoding="utf-8"), "gains"))
+    gained, forgotten, taken = re.findall(r"<dd>(.*?)</dd>", text, re.S)[:3]
+    assert "設備保全" in gained and "+67.0" in gained and "+62.0 … +72.0" in gained
+    assert "NIILC" in forgotten and "−9.0" in forgotten and "MGSM" not in forgotten
+    assert "示せたものはありません" in taken  # Q3_K_M lost, but Q4_K_M is the recommended level
+    assert re.search(r"MGSM.*どのモデルも0点です", text, re.S)
+    assert "測らなかったもの" in text and "tsugiki_jaqket" in text
+
+
+def test_a_run_without_benchmarks_says_that_forgetting_was_not_measured(tmp_path):
+    stages = stage_files()
+    stages["evaluate"]["changes"] = stages["evaluate"]["changes"][:2]
+    stages["evaluate"]["rows"] = [r for r in stages["evaluate"]["rows"] if "family" not in r]
+    text = section(write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8"), "gains")
+    assert "測っていません" in text and "not measured: there is no task outside the domain" in text
+
+
+def test_where_every_model_fails_nothing_is_said_about_forgetting(tmp_path):
+    stages = stage_files()
+    for change in stages["evaluate"]["changes"][3:]:
+        change.update(before=0.0, after=0.0, difference=0.0, ci=[-0.07, 0.07], change="open")
+    text = section(write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8"), "gains")
+    assert "unknown: outside the domain every model scores 0" in text
+
+
+def test_benchmarks_are_not_taken_for_items_of_the_domains_test(tmp_path):
+    """A benchmark scored by the domain's own metric changes neither the bars nor the score before adaptation."""
+    stages = stage_files()
+    without = dict(stages, evaluate={**stages["evaluate"], "rows": [r for r in stages["evaluate"]["rows"] if "family" not in r]})
+    pages = [write_report(write_run(tmp_path / str(i), s)).read_text(encoding="utf-8") for i, s in enumerate((stages, without))]
+    assert section(pages[0], "scores").split("<details>")[0] == section(pages[1], "scores").split("<details>")[0]
+    facts = [re.search(r'<dl class="facts">.*?</dl>', page, re.S).group(0) for page in pages]
+    assert facts[0] == facts[1]

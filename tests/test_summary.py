@@ -127,3 +127,14 @@ def test_the_validator_says_what_is_wrong_and_where(tmp_path, change, problem):
     change(summary)
     assert len(validate_summary(summary)) == 1
     assert validate_summary(summary)[0].startswith(problem)
+
+
+def test_benchmarks_hold_base_adapted_and_every_level_side_by_side(tmp_path):
+    stages = stage_files()
+    rows = build_summary(write_run(tmp_path, stages))["benchmarks"]
+    domain = {r["model"]: r for r in rows if r["task"] == "setsubi"}
+    assert set(domain) == {"base", "adapted", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"}
+    checked = {row["level"]: row for row in stages["check"]["levels"]}
+    assert domain["Q4_K_M"]["value"] == checked["Q4_K_M"]["score"]
+    assert domain["Q4_K_M"]["n"] == stages["check"]["samples"]
+    assert {r["model"]: r["unparsed"] for r in rows if r["task"] == "niilc[:50]"} == {"base": 0.1, "adapted": 0.1, "Q4_K_M": 0.1}
