@@ -9,21 +9,15 @@ none was checked against these numbers.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import os
-import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
 
 from tsugiki.errors import UserError, raise_problems
-
-Row = dict[str, object]
+from tsugiki.evaluate import data_files
+from tsugiki.evaluate.data_files import Row
 
 
 @dataclass(frozen=True)
@@ -70,177 +64,6 @@ class DataSet:
     note: str = ""
 
 
-# --- readers of the publishers' files --------------------------------------------------------------------------------
-
-
-def _read_lines(path: Path) -> list[Row]:
-    """JSON Lines, plain or gzipped."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        for i, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"not JSON: {error}", where=f"{path}:{i}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"an object was expected, {type(row).__name__} found", where=f"{path}:{i}")
-            rows.append(row)
-    return rows
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=str(path)) from error
-
-
-def _rows_of(value: object, path: Path, key: str | None = None) -> list[Row]:
-    """The list of objects that ``value`` is, or holds under ``key``."""
-    found = value.get(key) if key and isinstance(value, dict) else value
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise UserError("a list of objects was expected" + (f" under {key!r}" if key else ""), where=str(path))
-    return found
-
-
-def _read_mgsm_tsv(path: Path) -> list[Row]:
-    """``question TAB answer`` without a header; thousands separators leave the answer."""
-    language = path.stem.removeprefix("mgsm_")
-    rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        question, tab, answer = line.rstrip("\r").partition("\t")
-        number = answer.strip().replace(",", "")
-        if not tab or not re.fullmatch(r"-?\d+", number):
-            raise UserError("question, a tab and a whole number were expected", where=f"{path}:{i}")
-        rows.append({"language": language, "question": question, "answer": None, "answer_number": int(number)})
-    return rows
-
-
-def _read_mgsm_exemplars(path: Path) -> list[Row]:
-    """The eight worked examples of each language, in their order; the prefixes stay in ``question`` and ``answer``."""
-    rows = []
-    exemplars = _read_json(path)
-    for language, shots in exemplars.items() if isinstance(exemplars, dict) else ():
-        for key in sorted(shots, key=int):
-            row = {"language": language, "question": shots[key]["q"], "answer": shots[key]["a"], "answer_number": None}
-            rows.append(row)
-    return rows
-
-
-def _read_mgsm(path: Path) -> list[Row]:
-    return _read_mgsm_exemplars(path) if path.suffix == ".json" else _read_mgsm_tsv(path)
-
-
-JMMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
-
-
-def jmmlu_rows(text: str, subject: str, where: str) -> list[Row]:
-    """Rows of one JMMLU file: ``question, A, B, C, D, answer``, with or without a header row.
-
-    Cells hold line breaks (CR alone too) and quotes; the byte-order mark is the caller's to drop.
-    """
-    rows = []
-    for i, cells in enumerate(csv.reader(io.StringIO(text, newline=""))):
-        if not cells or (i == 0 and cells[-1].strip().lower() == "answer"):
-            continue
-        if len(cells) != 6 or cells[5].strip() not in ("A", "B", "C", "D"):
-            raise UserError(f"six cells ending in A–D were expected, found {len(cells)}", where=f"{where} (row {i + 1})")
-        rows.append({"subject": subject, **dict(zip(JMMLU_COLUMNS, [*cells[:5], cells[5].strip()], strict=True))})
-    return rows
-
-
-def _read_jmmlu(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return jmmlu_rows(file.read(), path.stem, str(path))
-
-
-def _read_niilc(path: Path) -> list[Row]:
-    """Questions of the XML; ``D_3`` is the list of uniqueness labels, as in ``sbintuitions/niilc-qa``."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f"not XML: {error}", where=str(path)) from error
-    return [
-        {
-            "id": question.get("id"),
-            "text": question.findtext("text") or "",
-            "answers": [answer.text for answer in question.findall("answers/answer") if answer.text is not None],
-            "D_3": [label for label in (question.findtext("meta/D.3") or "").split(";") if label],
-        }
-        for question in root.findall("question")
-    ]
-
-
-def _read_jsquad(path: Path) -> list[Row]:
-    """SQuAD 1.1 JSON, one row a question, in the hub's columns."""
-    rows = []
-    for article in _rows_of(_read_json(path), path, "data"):
-        for paragraph in article["paragraphs"]:
-            for qa in paragraph["qas"]:
-                answers = {
-                    "text": [a["text"] for a in qa["answers"]],
-                    "answer_start": [a["answer_start"] for a in qa["answers"]],
-                }
-                rows.append({"id": qa["id"], "title": article["title"], "context": paragraph["context"],
-                             "question": qa["question"], "answers": answers})  # fmt: skip
-    return rows
-
-
-def _read_jemhopqa(path: Path) -> list[Row]:
-    return _rows_of(_read_json(path), path)
-
-
-def _read_bbh(path: Path) -> list[Row]:
-    if path.suffix == ".txt":  # the first two lines are a canary and a rule, not part of the prompt
-        return [{"subtask": path.stem, "input": "", "target": path.read_text(encoding="utf-8").split("\n", 2)[2]}]
-    return [{"subtask": path.stem, **row} for row in _rows_of(_read_json(path), path, "examples")]
-
-
-def _read_xwinograd(path: Path) -> list[Row]:
-    """The TSV in the hub's columns: the sentence with ``_`` for the pronoun, two options, ``"1"`` or ``"2"``."""
-    rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        cells = line.split("\t")
-        if len(cells) != 7:
-            raise UserError(f"seven cells were expected, found {len(cells)}", where=f"{path}:{i}")
-        text, tokens, pronoun, candidates = cells[3], *map(json.loads, cells[4:])
-        first, last = pronoun[1]
-        at = 0
-        for token in tokens[:first]:  # some tokens were normalised and are not in the text: those are stepped over
-            found = text.find(token, at)
-            at = found + len(token) if found >= 0 else at
-        start = text.find(tokens[first], at)
-        end = start + len(tokens[first])
-        for token in tokens[first + 1 : last]:
-            end = text.find(token, end) + len(token)
-        if start < 0 or len(candidates) != 2:
-            raise UserError(f"the pronoun {pronoun[0]!r} is not in the sentence", where=f"{path}:{i}")
-        rows.append({"language": cells[0], "sentence": text[:start] + "_" + text[end:], "option1": candidates[0][0],
-                     "option2": candidates[1][0], "answer": "1" if candidates[0][-1] else "2"})  # fmt: skip
-    return rows
-
-
-def _read_lawqa(path: Path) -> list[Row]:
-    return _rows_of(_read_json(path), path, "samples")
-
-
-def _read_wmt20(path: Path) -> list[Row]:
-    """A sacrebleu source file with its reference beside it (``….src``, ``….ref``)."""
-    pair = path.name.split(".")[1]
-    beside = path.with_suffix(".ref")
-    if not beside.is_file():
-        raise UserError("the reference file is missing", where=str(beside))
-    sources, references = (p.read_text(encoding="utf-8").rstrip("\n").split("\n") for p in (path, beside))
-    if len(sources) != len(references):
-        raise UserError(f"{len(sources)} source lines, {len(references)} reference lines", where=str(path))
-    return [{"pair": pair, "source": s, "reference": r} for s, r in zip(sources, references, strict=True)]
-
-
 # --- the sets --------------------------------------------------------------------------------------------------------
 
 MGSM_LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
@@ -282,7 +105,7 @@ _ALL = [
         "mgsm", "MGSM", "CC BY 4.0", _GITHUB + "google-research/url-nlp at 452a21ad3dae (mgsm/)",
         {"train": ("exemplars.json",), "test": ("mgsm_{config}.tsv",)},
         ("language", "question", "answer", "answer_number"), {"train": 88, "test": 2750},
-        hub_id="juletxara/mgsm", configs=MGSM_LANGUAGES, column="language", read=_read_mgsm,
+        hub_id="juletxara/mgsm", configs=MGSM_LANGUAGES, column="language", read=data_files.read_mgsm,
         note="exemplars.json is the publisher's exemplars.py written as JSON: {language: {\"1\"–\"8\": {q, a}}}.",
     ),
     DataSet(
@@ -293,22 +116,22 @@ _ALL = [
     DataSet(
         "jmmlu", "JMMLU, 53 subjects", "CC BY-SA 4.0; japanese_history and world_history © Step Co., commercial use only "
         "for research and evaluation of language models", _JMMLU,
-        {"test": ("JMMLU/{config}.csv",)}, ("subject", *JMMLU_COLUMNS), {"test": 7097},
-        hub_id="nlp-waseda/JMMLU", configs=JMMLU_SUBJECTS, column="subject", read=_read_jmmlu,
+        {"test": ("JMMLU/{config}.csv",)}, ("subject", *data_files.JMMLU_COLUMNS), {"test": 7097},
+        hub_id="nlp-waseda/JMMLU", configs=JMMLU_SUBJECTS, column="subject", read=data_files.read_jmmlu,
         note="On the hub it is JMMLU.zip, read in place.",
     ),
     DataSet(
         "jmmlu_nc_nd", "JMMLU, three subjects under a no-derivatives licence", "CC BY-NC-ND 4.0, © VIST; commercial use "
         "only for research and evaluation of language models; verbatim copies only", _JMMLU,
-        {"test": ("JMMLU_NC_ND/{config}.csv",)}, ("subject", *JMMLU_COLUMNS), {"test": 439},
+        {"test": ("JMMLU_NC_ND/{config}.csv",)}, ("subject", *data_files.JMMLU_COLUMNS), {"test": 439},
         hub_id="nlp-waseda/JMMLU", redistributable=False, folder="jmmlu", configs=JMMLU_NC_ND, column="subject",
-        read=_read_jmmlu, note="On the hub it is JMMLU.zip, read in place.",
+        read=data_files.read_jmmlu, note="On the hub it is JMMLU.zip, read in place.",
     ),
     DataSet(
         "niilc", "NIILC-QA", "CC BY-SA 4.0", _GITHUB + "mynlp/niilc-qa at b6d47968b2e3 (data/)",
         {"dev": ("NIILC-ECQA2015_dev.xml",), "test": ("NIILC-ECQA2015_test.xml",)},
         ("id", "text", "answers", "D_3"), {"dev": 800, "test": 200},
-        hub_id="sbintuitions/niilc-qa", config="v1.2", read=_read_niilc,
+        hub_id="sbintuitions/niilc-qa", config="v1.2", read=data_files.read_niilc,
         note="The hub's v1.2 holds edited answers: a score may differ by an item or two.",
     ),
     DataSet(
@@ -327,26 +150,26 @@ _ALL = [
         _GITHUB + "digital-go-jp/lawqa_jp at 6165cc9748a1 (data/)",
         {"test": ("selection.json",), "randomized": ("selection_randomized.json",)},
         ("ファイル名", "コンテキスト", "問題文", "指示", "選択肢", "output"), {"test": 140, "randomized": 560},
-        read=_read_lawqa,
+        read=data_files.read_lawqa,
     ),
     DataSet(
         "jcommonsenseqa", "JCommonsenseQA (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
         {s: (f"jcommonsenseqa-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
         ("q_id", "question", *(f"choice{i}" for i in range(5)), "label"), {"train": 8939, "valid": 1119, "test": 1118},
-        hub_id="Rakuten/JGLUE", config="JCommonsenseQA", folder="jglue", read=_read_lines, optional=("test",),
+        hub_id="Rakuten/JGLUE", config="JCommonsenseQA", folder="jglue", read=data_files.read_lines, optional=("test",),
         hub_splits={"valid": "validation"}, note="train and valid are the same in 1.1 and 1.3.",
     ),
     DataSet(
         "jsquad", "JSQuAD (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
         {s: (f"jsquad-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
         ("id", "title", "context", "question", "answers"), {"valid": 4442, "test": 4420},
-        hub_id="Rakuten/JGLUE", config="JSQuAD", folder="jglue", read=_read_jsquad, optional=("train", "test"),
+        hub_id="Rakuten/JGLUE", config="JSQuAD", folder="jglue", read=data_files.read_jsquad, optional=("train", "test"),
         hub_splits={"valid": "validation"}, note="valid is the same in 1.1 and 1.3; the shots come from train.",
     ),
     DataSet(
         "jemhopqa", "JEMHopQA 1.0", "CC BY-SA 4.0", _GITHUB + "aiishii/JEMHopQA at fed5024f4f39",
         {"train": ("corpus/train.json",), "dev": ("corpus/dev.json",)}, ("qid", "type", "question", "answer"),
-        {"train": 1059, "dev": 120}, read=_read_jemhopqa,
+        {"train": 1059, "dev": 120}, read=data_files.read_jemhopqa,
         note="llm-jp-eval 1.3.0 uses 1.0; 1.1 and 1.2 change two and three answers of dev.",
     ),
     DataSet(
@@ -368,14 +191,14 @@ _ALL = [
         "bbh", "BIG-Bench Hard", "MIT", _GITHUB + "suzgunmirac/BIG-Bench-Hard at 9ee07bd481fe",
         {"test": ("bbh/{config}.json",), "cot_prompts": ("cot-prompts/{config}.txt",)}, ("subtask", "input", "target"),
         {"test": 6511, "cot_prompts": 27}, hub_id="SaylorTwift/bbh", configs=BBH_SUBTASKS, column="subtask",
-        optional=("cot_prompts",), read=_read_bbh,
+        optional=("cot_prompts",), read=data_files.read_bbh,
         note="cot_prompts: the worked examples of a subtask are its one row's target, without the canary.",
     ),
     DataSet(
         "xwinograd", "XWINO", "Apache-2.0; the sentences are from WSC and others: see the README",
         _GITHUB + "yandex-research/crosslingual_winograd at d2cfbbf7dc8f", {"test": ("dataset.tsv",)},
         ("language", "sentence", "option1", "option2", "answer"), {"test": 3961}, hub_id="Muennighoff/xwinograd",
-        configs=("en", "jp", "fr", "pt", "ru", "zh"), column="language", read=_read_xwinograd,
+        configs=("en", "jp", "fr", "pt", "ru", "zh"), column="language", read=data_files.read_xwinograd,
     ),
     *[
         DataSet(
@@ -393,7 +216,7 @@ _ALL = [
     DataSet(
         "wmt20", "WMT20 news, en-ja and ja-en", "for research, by the WMT20 page",
         "https://www.statmt.org/wmt20/ (sacrebleu -t wmt20 -l en-ja and ja-en)", {"test": ("wmt20.{config}.src",)},
-        ("pair", "source", "reference"), {"test": 1993}, configs=("en-ja", "ja-en"), column="pair", read=_read_wmt20,
+        ("pair", "source", "reference"), {"test": 1993}, configs=("en-ja", "ja-en"), column="pair", read=data_files.read_wmt20,
         note="sacrebleu keeps both files of a pair in ~/.sacrebleu/wmt20; copy the .src and .ref files here.",
     ),
     DataSet(
@@ -547,7 +370,7 @@ def _read(s: DataSet, files: list[Path]) -> list[Row]:
     rows = []
     for path in files:
         try:
-            read = (s.read or _read_lines)(path)
+            read = (s.read or data_files.read_lines)(path)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"not in this set's format: {type(error).__name__}: {error}", where=str(path)) from error
         if s.column and s.read is None:  # hub rows written as JSON Lines, one folder a configuration
@@ -610,23 +433,7 @@ def _jmmlu_from_hub(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
         raise UserError(
             f"JMMLU.zip could not be loaded from the hub: {reason}", where=s.hub_id, hint=_how_to_get(s, None)
         ) from error
-    return jmmlu_zip_rows(Path(archive), configs)
-
-
-def jmmlu_zip_rows(archive: Path, subjects: Iterable[str]) -> list[Row]:
-    """The subjects' test rows of the hub's JMMLU.zip, read inside the archive: nothing is unpacked.
-
-    Raises:
-        UserError: a subject is not in the archive, or a row is malformed.
-    """
-    rows = []
-    with zipfile.ZipFile(archive) as file:
-        names = {Path(n).stem: n for n in file.namelist() if n.endswith(".csv") and Path(n).parent.name == "test"}
-        subjects = list(subjects)
-        raise_problems([s for s in subjects if s not in names], what="Subjects that are not in the archive")
-        for subject in subjects:
-            rows += jmmlu_rows(file.read(names[subject]).decode("utf-8-sig"), subject, f"{archive}:{names[subject]}")
-    return rows
+    return data_files.jmmlu_zip_rows(Path(archive), configs)
 
 
 def _wmt20_from_sacrebleu(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
@@ -646,12 +453,14 @@ def _wmt20_from_sacrebleu(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
 
 def _how_to_get(s: DataSet, folder: Path | None) -> str:
     root = f"{folder or '<data-dir>'}/benchmarks/{s.folder or s.name}/"
-    files = ", ".join(dict.fromkeys(n for names in s.files.values() for n in names))
-    hub = ""
-    if s.hub_id and files.endswith(".jsonl"):
-        hub = " (the hub's rows as JSON Lines: datasets.load_dataset(…).to_json)"
+    names = list(dict.fromkeys(n for group in s.files.values() for n in group))
+    listed = ", ".join(names).replace("{config}", f"<{s.column}>")
+    if s.hub_id and names[0].endswith(".jsonl"):  # the publisher's files are the hub's: JSON Lines are made from them
+        config = f", <{s.column}>" if s.configs else f", {s.config!r}" if s.config else ""
+        listed += f" (datasets.load_dataset({s.hub_id!r}{config}, split=…).to_json(…, force_ascii=False))"
+    which = f" <{s.column}> is one of {', '.join(s.configs)}." if 0 < len(s.configs) <= 12 and "{config}" in names[0] else ""
     keep = "" if s.redistributable else " Read it only: this licence forbids passing on changed copies."
-    return f"It comes from {s.url}. Licence: {s.licence}. Put {files}{hub} into {root}.{keep} {s.note}".rstrip()
+    return f"It comes from {s.url}. Licence: {s.licence}. Put {listed} into {root}.{which}{keep} {s.note}".rstrip()
 
 
 def _absent(s: DataSet, missing: list[str], folder: Path | None, named: bool) -> UserError:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tsugiki.errors import UserError
-from tsugiki.evaluate import data
+from tsugiki.evaluate import data, data_files
 from tsugiki.evaluate.data import SETS, check_sets, load_set
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,7 +241,7 @@ def test_jmmlu_rows_keep_what_a_spreadsheet_parser_must_not_lose(folder):
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(cells)
     rows = load_set("jmmlu", folder, config="anatomy")["test"]
-    assert [[row[c] for c in data.JMMLU_COLUMNS] for row in rows] == cells
+    assert [[row[c] for c in data_files.JMMLU_COLUMNS] for row in rows] == cells
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------
@@ -314,11 +314,11 @@ def test_the_hubs_jmmlu_archive_is_read_in_place(tmp_path):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("JMMLU/test/anatomy.csv", "\ufeffquestion,A,B,C,D,answer\n問,甲,乙,丙,丁,B\n")
         file.writestr("__MACOSX/JMMLU/test/._anatomy.csv", b"\xff\x00")
-    rows = data.jmmlu_zip_rows(archive, ["anatomy"])
+    rows = data_files.jmmlu_zip_rows(archive, ["anatomy"])
     assert rows == [{"subject": "anatomy", "question": "問", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "B"}]
     assert list(tmp_path.iterdir()) == [archive]  # nothing was unpacked beside it
     with pytest.raises(UserError, match="virology"):
-        data.jmmlu_zip_rows(archive, ["virology"])
+        data_files.jmmlu_zip_rows(archive, ["virology"])
 
 
 def test_hub_rows_written_as_json_lines_are_the_same_set(tmp_path):
