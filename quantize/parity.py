@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine, check_gguf
 from tsugiki.samples import EncodedSample
 
+_BYTE_NAME = re.compile(r"<0x(?=[0-9A-F]{2}>)")
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -24,11 +27,13 @@ class Parity:
     Attributes:
         texts, identical: number of texts, and of those with the same ids.
         unknown: texts in which llama.cpp writes the unknown token and Hugging Face does not.
-        groups: ``texts``, ``identical``, ``unknown`` and ``rate`` of each group of texts.
+        groups: ``texts``, ``identical``, ``unknown``, ``unexplained`` (reason ``segmentation``) and ``rate`` of each
+            group of texts.
         differences: the first ones of each group: ``group``, ``text``, ``at`` (index of the first id that differs),
-            ``hf_ids``, ``gguf_ids``, ``hf_tokens``, ``gguf_tokens`` and ``reason``: ``unknown`` (characters
-            outside the vocabulary), ``normalizer`` (Hugging Face changes the text before it, llama.cpp does not)
-            or ``segmentation``.
+            ``hf_ids``, ``gguf_ids``, ``hf_tokens``, ``gguf_tokens`` and ``reason``: ``unknown`` (characters outside the
+            vocabulary), ``normalizer`` (Hugging Face changes the text before it, llama.cpp does not), ``space`` (one
+            of the two puts a space before the text), ``byte`` (the text spells a byte token's name, ``<0x0A>``) or
+            ``segmentation`` (anything else: the file is not the same tokenizer).
         template: whether the stored chat template is the tokenizer's, letter for letter.
         bos: how many BOS ids stand at the start of a rendered conversation in ``hf`` and in ``gguf``, and of a
             plain text with special tokens added (``hf_text``, ``gguf_text``).
@@ -80,7 +85,7 @@ def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]],
             return model.tokenize(text.encode("utf-8"), add_bos=False, special=True)
 
         for group, members in texts.items():
-            count = {"texts": 0, "identical": 0, "unknown": 0}
+            count = {"texts": 0, "identical": 0, "unknown": 0, "unexplained": 0}
             kept = 0
             for text in members:
                 expected = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -89,12 +94,12 @@ def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]],
                 count["texts"] += 1
                 count["identical"] += found == expected
                 count["unknown"] += unknown
-                if found != expected and kept < most:
+                if found == expected:
+                    continue
+                reason = "unknown" if unknown else _reason(tokenizer, gguf_ids, text, expected, found)
+                count["unexplained"] += reason == "segmentation"
+                if kept < most or (reason == "segmentation" and count["unexplained"] == 1):
                     kept += 1
-                    reason = "unknown" if unknown else "segmentation"
-                    plain = _normalized(tokenizer, text)
-                    if not unknown and plain is not None and plain != text and gguf_ids(plain) == expected:
-                        reason = "normalizer"
                     differences.append(_difference(group, text, tokenizer, expected, found, reason))
             count["rate"] = count["identical"] / count["texts"] if count["texts"] else 1.0
             groups[group] = count
@@ -106,6 +111,22 @@ def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]],
         unknown=sum(g["unknown"] for g in groups.values()),
         groups=groups, differences=differences, template=stored == tokenizer.chat_template, bos=bos,
     )
+
+
+def _reason(tokenizer, gguf_ids, text: str, expected: list[int], found: list[int]) -> str:
+    plain = _normalized(tokenizer, text)
+    if plain is not None and plain != text and gguf_ids(plain) == expected:
+        return "normalizer"
+    if gguf_ids(f" {text}") == expected or tokenizer(f" {text}", add_special_tokens=False)["input_ids"] == found:
+        return "space"
+    pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in (expected, found)]
+    words, blanks = zip(*(([p for p in row if p.strip("▁")], sum(p.count("▁") for p in row)) for row in pieces), strict=True)
+    if words[0] == words[1] and blanks[0] != blanks[1]:
+        return "space"
+    unspelled = _BYTE_NAME.sub("<0 x", text)
+    if unspelled != text and gguf_ids(unspelled) == tokenizer(unspelled, add_special_tokens=False)["input_ids"]:
+        return "byte"
+    return "segmentation"
 
 
 def check_bos(found: Parity) -> None:
