@@ -34,15 +34,64 @@ def quantize_convert(
     out: Annotated[Path, typer.Option(help="The GGUF file to write.", show_default=False)],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT LoRA adapter.")] = None,
     dtype: Annotated[str, typer.Option(help="f16, bf16 or f32.")] = "f16",
+    lora_only: Annotated[bool, typer.Option("--lora-only", help="Write the adapter alone, for llama.cpp's --lora.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of another tokenizer (and chat template) with the same ids.")] = None,
+    name: Annotated[str, typer.Option(help="The model's name in the file; empty: the base's folder.")] = "",
+    licence: Annotated[str, typer.Option(help="The model's licence in the file; empty: the base's.")] = "",
+    dataset: Annotated[list[str] | None, typer.Option(help="A data set it was trained on; may be repeated.")] = None,
 ) -> None:
     """Convert a base, with an adapter or without, to GGUF."""
     from tsugiki.bases import resolve
-    from tsugiki.quantize.convert import convert
+    from tsugiki.quantize.convert import convert, convert_lora
     from tsugiki.recipes.recipe import BASES
 
+    if lora_only and adapter is None:
+        raise UserError("--lora-only writes an adapter, and none is named", hint="Add --adapter DIR.")
     bases = load_bases(BASES)
-    written = convert(resolve(base, bases), out, adapter, dtype=dtype, licence=bases[base].licence if base in bases else None)
-    console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
+    folder = resolve(base, bases)
+    if lora_only:
+        written = convert_lora(folder, out, adapter, dtype=dtype, name=name or None)
+        console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.merged} updates, for a GGUF of {escape(base)}")
+    else:
+        known = bases.get(base)
+        written = convert(
+            folder, out, adapter, dtype=dtype, name=name or None, licence=licence or (known.licence if known else None),
+            base_model=(known.hub_id or known.name) if known else None, datasets=dataset or (), tokenizer_dir=tokenizer,
+        )
+        console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
+    for tensor, kind in written.wide.items():
+        console.print(f"  {escape(tensor)}: beyond the range of {dtype}, written as {kind}")
+    for note in written.notes:
+        console.print(f"  [yellow]{escape(note)}[/]")
+
+
+@quantize_app.command("parity")
+def quantize_parity(
+    file: Annotated[Path, typer.Argument(help="The F16 GGUF.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", help="What it was made from: a name, or a folder.", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter in it.")] = None,
+    text: Annotated[Path | None, typer.Option(help="The domain's text, one a line; .jsonl: prompt and completion. None: sample sentences.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Prove that a GGUF is the model it was made from: token ids, chat template, BOS, end of turn, logits."""
+    from tsugiki.artifacts import write_json
+    from tsugiki.bases import resolve
+    from tsugiki.quantize.gate import check_gate, gate, read_texts
+    from tsugiki.recipes.recipe import BASES
+
+    found = gate(file, resolve(base, load_bases(BASES)), adapter, texts=read_texts(text))
+    if json_out:
+        write_json(json_out, found)
+    table = plain_table(f"{file.name} against transformers", "texts", "number", "same ids", "unknown", "unexplained", numbers=True)
+    for group, n in found["ids"]["groups"].items():
+        table.add_row(group, f"{n['texts']:,}", f"{n['rate']:.2%}", str(n["unknown"]), str(n["unexplained"]))
+    stdout().print(table)
+    rendering, logits = found["templates"], found["logits"]
+    stdout().print(f"chat template: {rendering['identical']} of {rendering['conversations']} conversations rendered alike")
+    stdout().print("end of turn: " + {True: "llama.cpp stops there", False: "llama.cpp does NOT stop there", None: "no chat template"}[found["stops"]])
+    if logits:
+        stdout().print(f"logits: KL {logits['kl_mean']:.1e} nats/token over {logits['tokens']:,} tokens, top-1 {logits['top1']:.2%}")
+    check_gate(found)
 
 
 @quantize_app.command("types")
