@@ -118,6 +118,12 @@ def test_the_suites_are_the_papers_two_abilities_and_the_domain():
     }
 
 
+def test_the_data_folder_can_be_passed_through_lm_evals_metadata(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSUGIKI_DATA", str(tmp_path))
+    elsewhere = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data_dir": str(DATA)})
+    assert len(elsewhere.load(["tsugiki_takase_niilc"])["tasks"]["tsugiki_takase_niilc"].eval_docs) == 127
+
+
 def test_the_scaling_tables_columns_are_the_papers_seven_scores():
     with (ROOT / "evaluate" / "scaling" / "data" / "takase_table2_scores.csv").open(encoding="utf-8") as file:
         columns = next(csv.reader(file))[2:]
@@ -165,11 +171,24 @@ def test_niilcs_prompts_are_the_recorded_ones():
     assert len(found.eval_docs) == spec["n"]
 
 
-def test_every_printed_niilc_score_is_a_multiple_of_1_in_127():
-    with (ROOT / "evaluate" / "scaling" / "data" / "takase_table2_scores.csv").open(encoding="utf-8") as file:
-        printed = [float(row["niilcqa"]) for row in csv.DictReader(file)]
-    for score in printed:
-        assert any(round(100 * k / 127, 1) == score for k in range(128)), score
+def printed(table: str, column: str) -> list[float]:
+    with (ROOT / "evaluate" / "scaling" / "data" / table).open(encoding="utf-8") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
+def fit(scores: list[float], n: int) -> int:
+    """How many printed scores (percent, one digit) are a number of right answers out of ``n``."""
+    possible = {round(100 * k / n, 1) for k in range(n + 1)}
+    return sum(score in possible for score in scores)
+
+
+def test_only_these_numbers_of_items_fit_the_printed_scores():
+    niilc, jmmlu = printed("takase_table2_scores.csv", "niilcqa"), printed("takase_table2_scores.csv", "jmmlu_part")
+    assert [n for n in range(100, 205) if fit(niilc, n) == 9] == [127]
+    assert (fit(jmmlu, 739), fit(jmmlu, 719), fit(jmmlu, 589)) == (9, 7, 5)  # five subjects; less their shots; without world history
+    for language in ("En", "Ru", "De", "Fr", "Es", "Ja", "Zh", "Th", "Te", "Bn", "Sw"):
+        scores = printed("takase_table1_mgsm.csv", language)
+        assert fit(scores, 250) == len(scores)
 
 
 def test_niilc_counts_any_reference_and_what_is_left_after_normalising():
