@@ -462,7 +462,7 @@ def evaluate_stage(run: Run) -> bool:
         "levels": stage_hash(run.folder / "levels", *(f"model-{name}.gguf" for name in run.settings.levels)),
         "check": [level, stage_hash(run.folder / "check", "check.json")],
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
-        "benchmarks": [dataclasses.asdict(choice), _benchmark_data(run.data_dir)],
+        "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
         "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",
                             "tsugiki.evaluate.run", "tsugiki.evaluate.harness", "tsugiki.evaluate.tasks", "tsugiki.intervals",
                             "tsugiki.recipes.before_after"),
@@ -497,12 +497,15 @@ def evaluate_stage(run: Run) -> bool:
     return run_stage(run.folder / "evaluate", inputs, work, console_title="what was gained, what was forgotten", keep_partial=True)
 
 
-def _benchmark_data(data_dir: Path | None) -> list[str]:
-    """Which benchmarks lie in the data folder: with more of them, more is measured."""
+def _benchmark_data(data_dir: Path | None) -> list[Any]:
+    """The tasks' definitions, and which benchmarks lie in the data folder: with more of them, more is measured."""
     from tsugiki.evaluate.data import data_folder
+    from tsugiki.evaluate.suites import TASKS
 
-    folder, _ = data_folder(data_dir)
-    return sorted(p.name for p in (folder / "benchmarks").iterdir()) if folder and (folder / "benchmarks").is_dir() else []
+    folder = data_folder(data_dir)[0]
+    there = folder / "benchmarks" if folder else None
+    return [digest({p.name: sha256_file(p) for p in sorted(TASKS.glob("*.yaml"))}),
+            sorted(p.name for p in there.iterdir()) if there and there.is_dir() else []]
 
 
 def report_stage(run: Run) -> bool:
