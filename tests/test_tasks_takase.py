@@ -436,6 +436,14 @@ def test_mmlu_prox_wants_five_exemplars_of_every_category(tmp_path, monkeypatch)
         docs_takase.mmlu_prox("ja", data_dir=str(tmp_path))
 
 
+def test_an_unknown_category_of_mmlu_prox_is_named(tmp_path):
+    rows = invented_mmlu_prox("ja")
+    rows["test"][0]["category"] = "astrology"
+    with_mmlu_prox(tmp_path, {"ja": rows})
+    with pytest.raises(UserError, match=r"category.*astrology"):
+        docs_takase.mmlu_prox("ja", data_dir=str(tmp_path))
+
+
 # --- JAQKET, FlexEval's mathematics ------------------------------------------------------------------------------
 
 
@@ -632,3 +640,25 @@ def test_mgsm_scores_equal_a_plain_loop_over_transformers_item_by_item(tiny):
             assert sample["filtered_resps"] == [found]
             assert sample["exact_match"] == float(re.sub(r"[.,$-]", "", found) == test[i]["target"])
             assert sample["unparsed"] == float(found == metrics.INVALID)
+
+
+def test_a_gguf_of_the_same_model_gives_the_same_answers_and_choices_item_by_item(tiny, tmp_path):
+    from tsugiki.evaluate.harness import TsugikiGGUF
+    from tsugiki.quantize.convert import convert
+
+    convert(BASES / "tiny-llama", tmp_path / "tiny.gguf")
+    with TsugikiGGUF(tmp_path / "tiny.gguf", tokenizer=BASES / "tiny-llama") as gguf:
+        for name, n, changes in (
+            ("tsugiki_lawqa_jp_closed", 4, {}), ("tsugiki_takase_niilc", 3, {"gen_kwargs": {"max_gen_toks": 8}}),
+        ):  # fmt: skip
+            ours, theirs = (evaluated(lm, name, n, **changes) for lm in (gguf, tiny))
+            assert len(ours) == len(theirs) == n
+            for a, b in zip(ours, theirs, strict=True):
+                assert a["doc_id"] == b["doc_id"] and a["arguments"] == b["arguments"]
+                if name.startswith("tsugiki_lawqa"):
+                    own, reference = ([float(r[0]) for r in sample["filtered_resps"]] for sample in (a, b))
+                    assert own == pytest.approx(reference, abs=0.05)  # float16 weights against float32
+                    assert a["acc"] == b["acc"]
+                else:
+                    assert a["filtered_resps"] == b["filtered_resps"]
+                    assert a["flexeval_char_f1"] == b["flexeval_char_f1"]

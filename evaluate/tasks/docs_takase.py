@@ -63,7 +63,7 @@ def extracted_results(doc: Row, results: list[str]) -> dict[str, float]:
 # --- MMLU-ProX (lm-eval) ---------------------------------------------------------------------------------------------
 
 _LETTERS = "ABCDEFGHIJ"
-# Language -> question, options, answer, the same line in the exemplars, description, shots as a dictionary of subjects.
+# Language -> question, options, answer, the same line as the exemplars have it, description.
 MMLU_PROX_PROMPTS = {
     "ja": (
         "質問：", "選択肢：", "回答：一歩一歩考えていきましょう。", "A: 一歩一歩考えていきましょう。",
@@ -86,6 +86,9 @@ MMLU_PROX_SUBJECTS = {
 def mmlu_prox(language: str = "ja", data_dir: str | None = None, **_) -> dict[str, Dataset]:
     """All categories in one task: its mean is the micro average; the shots are the category's first five of ``validation``."""
     rows = load_set("mmlu_prox", data_dir, config=language)
+    unknown = sorted({str(row["category"]) for row in rows["test"]} - set(MMLU_PROX_SUBJECTS))
+    if unknown:
+        raise UserError(f"unknown categories: {', '.join(unknown)}", where=f"mmlu_prox/{language}/test (category)")
     question, options, answer, exemplar, description = MMLU_PROX_PROMPTS[language]
 
     def block(row: Row) -> str:
