@@ -99,7 +99,8 @@ def allowed() -> None:
     if os.environ.get(ALLOW) != "1":
         raise UserError(
             "this benchmark runs programs that the model writes, and that was not asked for",
-            hint="Add --allow-code to let them run in a sandbox (no network, no files, limits on time and memory)",
+            hint=f"Add --allow-code (elsewhere: {ALLOW}=1) to let them run in a sandbox: no network, none of your files, "
+            "limits on time and memory",
         )
     mechanism()
 

@@ -193,6 +193,13 @@ def test_data_that_is_not_there_is_named_with_its_licence(tmp_path):
         rows("xlsum_ja", tmp_path)
 
 
+@pytest.mark.parametrize(("name", "module"), [("xlsum_ja", "fugashi"), ("wmt20_en_ja", "nagisa")])
+def test_a_missing_word_splitter_is_said_before_anything_is_computed(name, module, synthetic, monkeypatch):
+    monkeypatch.setattr(d, "find_spec", lambda wanted: None if wanted == module else True)
+    with pytest.raises(UserError, match=rf"{module}\n.*tsugiki\[tasks\]"):
+        rows(name, synthetic)
+
+
 # --- llm-jp-eval 1.3.0 -------------------------------------------------------------------------------------------------
 
 
@@ -668,5 +675,11 @@ def test_the_canonical_solutions_pass_and_the_bare_prompts_do_not(name, monkeypa
         assert (found["pass@1"], found["timed_out"]) == (0.5, 0.0), row["id"]
 
 
-def test_every_set_that_the_tasks_need_is_known():
-    assert {"xlsum_ja", "wmt20", "mmlu", "triviaqa", "openbookqa", "hellaswag", "squad2", "jsquad"} <= set(SETS)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_task_and_its_data_name_the_same_hub_set_and_licence(path):
+    meta = settings(path.stem.removeprefix("saito_"))["metadata"]
+    of = {"jcom": "jcommonsenseqa", "xlsum_ja_words": "xlsum_ja", "mgsm_ja": "mgsm", "xwino": "xwinograd"}
+    name = of.get(meta["law_task"], meta["law_task"]).removesuffix("_en_ja").removesuffix("_ja_en")
+    assert meta["hub_id"] == SETS[name].hub_id
+    assert meta["licence"].split(";")[0] == SETS[name].licence.split(";")[0]
+    assert meta["revision"] is None or meta["revision"] in SETS[name].url

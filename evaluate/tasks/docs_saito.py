@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import zip_longest
 from math import exp
 from typing import Any
@@ -27,6 +28,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
+from tsugiki.errors import UserError
 from tsugiki.evaluate import metrics_saito as m
 from tsugiki.evaluate.data import BBH_SUBTASKS, JMMLU_SUBJECTS, load_set
 from tsugiki.evaluate.metrics import INVALID, exact_match_loose, llmjp_char_f1, pass_at_k
@@ -37,6 +39,16 @@ ROOM = 10  # tokens beyond the reference's own that the JP harness allows a summ
 
 def _test(rows: list[Row]) -> DatasetDict:
     return DatasetDict({"test": Dataset.from_list(rows)})
+
+
+def _needs(*modules: str) -> None:
+    """Say before anything is computed that a word splitter is missing."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the words of Japanese text cannot be counted without {' and '.join(missing)}",
+            hint="It comes from the extra `tasks`: pip install 'tsugiki[tasks]'",
+        )
 
 
 # --- llm-jp-eval 1.3.0 ---------------------------------------------------------------------------------------
@@ -168,15 +180,12 @@ def jp_shots(items: Sequence[Row], train: Sequence[Row] | None, shots: int) -> l
     own order, one more than needed, so that the item itself can be left out.
     """
     draws = random.Random(42)
-    order = list(items)
+    pool, order = list(items if train is None else train), list(items)
     draws.shuffle(order)
     found = []
     for item in order:
-        if train is not None:
-            chosen = draws.sample(list(train), shots)
-        else:
-            chosen = [row for row in draws.sample(list(items), shots + 1) if row != item][:shots]
-        found.append((item, chosen))
+        chosen = draws.sample(pool, shots + (train is None))
+        found.append((item, chosen if train is not None else [row for row in chosen if row != item][:shots]))
     return found
 
 
@@ -200,6 +209,7 @@ def score_integer(doc: Row, results: Sequence[str]) -> dict[str, float]:
 
 
 def xlsum_ja(shots: int, data_dir: str | None = None, **_) -> DatasetDict:
+    _needs("fugashi", "unidic_lite")
     data = load_set("xlsum_ja", data_dir, splits=("train", "test"))
     items = [{"id": str(row.get("id") or f"xlsum-{i}"), "text": row["text"], "summary": row["summary"]}
              for i, row in enumerate(data["test"])]  # fmt: skip
@@ -269,6 +279,7 @@ def _wmt20(pair: str, shots: int, data_dir: str | None) -> DatasetDict:
 
 
 def wmt20_en_ja(shots: int, data_dir: str | None = None, **_) -> DatasetDict:
+    _needs("nagisa")
     return _wmt20("en-ja", shots, data_dir)
 
 
