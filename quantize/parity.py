@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Parity:
         differences: the first ones of each group: ``group``, ``text``, ``at`` (index of the first id that differs),
             ``hf_ids``, ``gguf_ids``, ``hf_tokens``, ``gguf_tokens`` and ``reason``: ``unknown`` (characters outside the
             vocabulary), ``normalizer`` (Hugging Face changes the text before it, llama.cpp does not), ``space`` (one
-            of the two puts a space before the text), ``byte`` (the text spells a byte token's name, ``<0x0A>``) or
+            of the two puts a space before the text), ``byte`` (the text spells a byte token's name, ``<0x0A>``),
+            ``marks`` (llama.cpp's regexes for Tekken and GPT-4o take combining marks for no part of a word) or
             ``segmentation`` (anything else: the file is not the same tokenizer).
         template: whether the stored chat template is the tokenizer's, letter for letter.
         bos: how many BOS ids stand at the start of a rendered conversation in ``hf`` and in ``gguf``, and of a
@@ -126,6 +128,9 @@ def _reason(tokenizer, gguf_ids, text: str, expected: list[int], found: list[int
     unspelled = _BYTE_NAME.sub("<0 x", text)
     if unspelled != text and gguf_ids(unspelled) == tokenizer(unspelled, add_special_tokens=False)["input_ids"]:
         return "byte"
+    unmarked = "".join(c for c in text if not unicodedata.category(c).startswith("M"))
+    if unmarked != text and gguf_ids(unmarked) == tokenizer(unmarked, add_special_tokens=False)["input_ids"]:
+        return "marks"
     return "segmentation"
 
 

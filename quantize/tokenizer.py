@@ -136,7 +136,7 @@ def gguf_vocabulary(tokenizer, vocab_size: int) -> GGUFVocabulary:
         for i, text in texts.items():
             if i not in added and _BYTE.fullmatch(text):
                 types[i] = TokenType.BYTE
-        unknown = texts_to_ids(texts).get(spec["model"].get("unk_token"))
+        unknown = next((i for i, t in texts.items() if t == spec["model"].get("unk_token")), special.get("unk"))
         if unknown is not None:
             special["unk"], types[unknown] = unknown, TokenType.UNKNOWN
         # Control, unknown and byte tokens have no score in SentencePiece; only merged pieces are compared.
@@ -182,11 +182,6 @@ def tokenizer_notes(folder: Path, tokenizer) -> list[str]:
         "tokenizer.model is Unigram, but transformers reads it as BPE for this tokenizer class: some texts get other ids than "
         'the base was trained on. Set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json before training.'
     ]
-
-
-def texts_to_ids(texts: dict[int, str]) -> dict[str, int]:
-    """The other way round."""
-    return {t: i for i, t in texts.items()}
 
 
 def _merge_order(model: dict) -> dict[int, float]:
