@@ -16,6 +16,7 @@ from tsugiki.evaluate.scaling.equivalence import (
     equivalent_budget,
     equivalent_budgets,
     equivalent_difference,
+    equivalent_means,
     paired_draws,
 )
 from tsugiki.evaluate.scaling.laws import Refused, fit_law
@@ -186,3 +187,22 @@ def test_points_of_niilc_in_japanese_budget_on_paper_b(loss, se, factor, low, hi
     assert found.high == pytest.approx(high, abs=0.04)
     plain = budget_factor(loss, np.full(10_000, float(loss)), law)
     assert plain[0] == found.factor and plain[2] < 1
+
+
+def test_the_mean_of_two_tasks_is_as_sure_as_its_two_paired_differences_together():
+    """Against the normal law of a mean of two independent paired differences (scipy's t intervals of each)."""
+    law = a_law(slope=10)
+    first, second = answers(0.5, -0.1), answers(0.6, -0.05)
+    tasks = [(a, b, np.arange(len(a))) for a, b in (first, second)]
+    found = equivalent_means(tasks, law, change="Q3_K_S", unit="points")
+    differences = [(b - a).mean() for a, b in (first, second)]
+    se = np.sqrt(sum((b - a).var(ddof=1) / len(a) for a, b in (first, second))) / 2
+    assert found.difference == pytest.approx(np.mean(differences))
+    assert found.difference_high - found.difference_low == pytest.approx(2 * 1.96 * se, rel=0.06)
+    assert found.n_items == len(first[0]) + len(second[0])
+    alone = equivalent_means(tasks[:1], law, change="Q3_K_S", unit="points")
+    assert alone == equivalent_budget(*first, law, change="Q3_K_S", unit="points", clusters=np.arange(len(first[0])))
+    with pytest.raises(UserError, match="0 tasks"):
+        equivalent_means([], law, change="Q3_K_S", unit="points")
+    few = [*tasks, (np.full(9, 50.0), np.full(9, 50.0), np.arange(9))]
+    assert "one of the tasks" in equivalent_means(few, law, change="c", unit="points").reason

@@ -1,5 +1,6 @@
 """The user's models as points: their budgets, where they stand on a law, and a sentence where they cannot stand."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError
-from tsugiki.evaluate.scaling.analysis import analyse, own, printed_reference, published
+from tsugiki.evaluate.scaling.analysis import QUESTIONS, analyse, own, own_equivalence, printed_reference, published
 from tsugiki.evaluate.scaling.budgets import budget, explain
 from tsugiki.evaluate.scaling.laws import fit_law, predict
 from tsugiki.evaluate.scaling.points import (
@@ -20,6 +21,7 @@ from tsugiki.evaluate.scaling.points import (
     language_by_script,
     moved,
     place,
+    read_languages,
     read_points,
     tokens_by_language,
 )
@@ -34,7 +36,8 @@ needs_scores = pytest.mark.skipif(not (SHARED / "scores" / "scores_35.csv").exis
 BUNDLED = load_bases(BASES)
 
 
-def a_run(runs: Path, base: str, *, scores: dict[str, list[tuple[str, str, float]]] | None = None, train_tokens: int = 8200) -> Path:
+def a_run(runs: Path, base: str, *, scores: dict[str, list[tuple[str, str, float]]] | None = None, train_tokens: int = 8200,
+          task: str = "") -> Path:
     """A finished run: 100 samples kept of 200, one level; ``scores``: model → (task, metric, value)."""
     folder = runs / "shop" / base
     rows = [EncodedSample(f"s{i}", "棚はどこ？" if i % 4 else "Where?", "右" if i % 4 else "Right", "d", "", [1] * 30, [2] * 11) for i in range(200)]
@@ -47,9 +50,9 @@ def a_run(runs: Path, base: str, *, scores: dict[str, list[tuple[str, str, float
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     found = [
-        Result(f"shop/{base}/{model}", base, task, metric, value, stderr=0.02, n=198)
+        Result(f"shop/{base}/{model}", base, law_task, metric, value, stderr=0.02, n=198, settings={"task": task})
         for model, listed in (scores or {}).items()
-        for task, metric, value in listed
+        for law_task, metric, value in listed
     ]
     replace_results(runs / "results.sqlite", f"shop/{base}", "evaluate", found)
     return folder
@@ -166,6 +169,58 @@ def test_the_law_of_one_file_takes_the_score_of_its_metric_and_most_items(tmp_pa
     a_run(tmp_path, "llama-3-swallow-8b", scores={"base": [("niilc", "exact_match", 0.4), ("niilc", "char_f1", 0.58), ("shop", "nll", 1.2)]})
     (base, *_), _, _ = read_points(tmp_path, load_models(), BUNDLED)
     assert base.scores["niilc"] == Score(0.58, 0.02, 198, "char_f1") and "shop" not in base.scores
+
+
+@needs_scores
+def test_kept_items_make_the_difference_a_paired_one(tmp_path, monkeypatch):
+    """Two models that differ on 6 of 198 items: paired, the loss is sure; from the two scores' errors alone it is not."""
+    monkeypatch.setenv("TSUGIKI_DATA", str(SHARED))
+    name, scores = "llama-3-swallow-8b", {}
+    rng = np.random.default_rng(0)
+    right = (rng.random(198) < 0.58).astype(float)
+    lost = np.where(right)[0][:8]
+    for model, values in (("base", right), ("adapted", right), ("Q4_K_M", np.where(np.isin(np.arange(198), lost), 0.0, right))):
+        scores[model] = [("niilc", "char_f1", float(values.mean()))]
+        folder = tmp_path / "benchmarks" / f"shop__{name}__{model}"
+        folder.mkdir(parents=True)
+        rows = [{"id": str(i), "document": str(i), "score": float(v)} for i, v in enumerate(values)]
+        (folder / "items-tsugiki_saito_niilc.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    a_run(tmp_path, name, scores=scores, task="tsugiki_saito_niilc")
+    reference = published(load_models())
+    points, _, _ = read_points(tmp_path, reference.models, BUNDLED)
+    laws = {"niilc_ja": a_law(middle=60)}
+    question = next(q for q in QUESTIONS["saito"] if q.key == "niilc_ja")
+    paired = {r["point"]: r for r in own_equivalence(points, [question], laws)}[f"shop/{name} Q4_K_M"]
+    assert paired["paired"] and paired["difference"] == pytest.approx(-100 * 8 / 198)
+    assert paired["difference_high"] < 0
+    loose = [dataclasses.replace(p, items={}) for p in points]
+    unpaired = {r["point"]: r for r in own_equivalence(loose, [question], laws)}[f"shop/{name} Q4_K_M"]
+    assert not unpaired["paired"]
+    width = [r["difference_high"] - r["difference_low"] for r in (paired, unpaired)]
+    assert width[0] < width[1]
+    (tmp_path / "benchmarks" / f"shop__{name}__Q4_K_M" / "items-tsugiki_saito_niilc.jsonl").write_text(
+        '{"id": "0", "document": "0", "score": 1.0}\n', encoding="utf-8"
+    )  # of another run, with --limit
+    again = {r["point"]: r for r in own_equivalence(points, [question], laws)}[f"shop/{name} Q4_K_M"]
+    assert not again["paired"] and again["difference"] == pytest.approx(unpaired["difference"])
+
+
+def test_the_users_languages_stand_beside_the_published_ones(tmp_path):
+    found = {"model": "base-F16.gguf", "done": 64, "sequences": 100, "tokens": 200,
+             "languages": [{"language": "ja", "sequences": 0.75}, {"language": "en", "sequences": 0.125}, {"language": "ko", "sequences": 0.0625},
+                           {"language": "und", "sequences": 0.0625}]}  # fmt: skip
+    (tmp_path / "shop" / "tiny-llama" / "languages").mkdir(parents=True)
+    (tmp_path / "shop" / "tiny-llama" / "languages" / "languages.json").write_text(json.dumps(found), encoding="utf-8")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "languages.json").write_text("{", encoding="utf-8")
+    rows, notes = read_languages(tmp_path)
+    assert [r["model"] for r in rows] == ["shop/tiny-llama/languages"] and rows[0]["source"] == "64 of 100 sequences of 200 tokens"
+    assert len(notes) == 1 and notes[0].startswith("torn/languages.json cannot be read")
+    table = analyse(printed_reference(load_models()), languages=rows)["languages"]
+    mine = table[-1]
+    assert mine["shares"].keys() == table[0]["shares"].keys()
+    assert mine["shares"]["ja"] == 75 and mine["shares"]["de"] == 0 and mine["shares"]["others"] == 12.5
+    assert sum(mine["shares"].values()) == pytest.approx(100)
 
 
 @needs_scores

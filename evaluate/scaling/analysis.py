@@ -20,9 +20,10 @@ import numpy as np
 from tsugiki.artifacts import write_json
 from tsugiki.bases import Base
 from tsugiki.errors import UserError
+from tsugiki.evaluate.paired import read_items
 from tsugiki.evaluate.scaling.budgets import PRINTED, Convention, budget, takase
 from tsugiki.evaluate.scaling.efficiency import budgets_at_share, continued_efficiency, find_pairs
-from tsugiki.evaluate.scaling.equivalence import budget_factor, equivalent_difference
+from tsugiki.evaluate.scaling.equivalence import budget_factor, equivalent_difference, equivalent_means
 from tsugiki.evaluate.scaling.factors import (
     component_warnings,
     correlations,
@@ -36,7 +37,7 @@ from tsugiki.evaluate.scaling.factors import (
 )
 from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_component_law, fit_law, predict
 from tsugiki.evaluate.scaling.missing import fill, fit_missing_law, fit_ppca
-from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_points
+from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_languages, read_points
 from tsugiki.evaluate.scaling.tables import (
     COMMIT,
     DATA,
@@ -159,8 +160,9 @@ def run_scaling(
     reference = own(scores, table) if scores else fetched(table, out) if download else published(table)
     say(reference.source)
     points, known, notes = read_points(runs, reference.models, bases)
-    result = analyse(reference, points, known, say=say)
-    result["notes"] = [*result["notes"], *notes]
+    languages, unread = read_languages(runs)
+    result = analyse(reference, points, known, languages=languages, say=say)
+    result["notes"] = [*result["notes"], *notes, *unread]
     write_json(out / "scaling.json", result)
     say("figures, tables, page")
     result["warnings"] = draw_all(result, out / "figures", language=language)
@@ -217,9 +219,13 @@ def analyse(
     points: Sequence[Point] = (),
     known: Mapping[str, ModelFacts] | None = None,
     *,
+    languages: Sequence[dict[str, Any]] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every number of the analysis, as JSON. ``known`` is the table of models with the points' facts in it."""
+    """Every number of the analysis, as JSON.
+
+    ``known`` is the table of models with the points' facts in it, ``languages`` what :func:`read_languages` found.
+    """
     scores, table, rule = reference.scores, known or reference.models, reference.rule
     notes: list[str] = []
     strangers = [name for name in scores.models if find_model(name, table) is None]
@@ -264,7 +270,7 @@ def analyse(
     say("equivalent compute")
     found["equivalence"] = _equivalence(reference, questions, laws, table)
     found["own_equivalence"] = own_equivalence(points, questions, laws)
-    found["languages"] = _languages()
+    found["languages"] = _languages(languages)
 
     found["models"] = [_model_row(name, i, scores, facts[name], table, rule, complete, components) for i, name in enumerate(scores.models)]
     found["yours"] = [_point_row(p, table, rule, questions, laws) for p in points]
@@ -486,7 +492,8 @@ def _equivalence(
 def own_equivalence(points: Sequence[Point], questions: Sequence[Question], laws: Mapping[str, Law | Refused]) -> list[dict[str, Any]]:
     """What each adapter (against its base) and each level (against the adapted model) is worth, by every law it has the scores of.
 
-    The two scores' errors are taken as independent, as the table of results does not keep items: intervals are too wide.
+    Where the items' scores are kept the difference is a paired one (``paired``); else the two scores' errors are taken as
+    independent, and the interval is too wide.
     """
     rows = []
     for point in points:
@@ -499,19 +506,43 @@ def own_equivalence(points: Sequence[Point], questions: Sequence[Question], laws
                 continue
             if any(b.metric not in METRICS.get(t, (b.metric,)) for t, (_, b) in zip(question.tasks, pairs, strict=True)):
                 continue
-            k = len(pairs)
-            was, now = (100 * sum(p[i].value for p in pairs) / k for i in (0, 1))
-            se = 100 * math.sqrt(sum((s.stderr or 0.0) ** 2 for p in pairs for s in p)) / k
-            found = equivalent_difference(was, now - was, se, law, change=point.name, n_items=min(b.n or 0 for _, b in pairs))
+            items = [_paired_items(t, before, point) for t in question.tasks]
+            if all(items):
+                found = equivalent_means(items, law, change=point.name, unit="points")
+            else:
+                k = len(pairs)
+                was, now = (100 * sum(p[i].value for p in pairs) / k for i in (0, 1))
+                se = 100 * math.sqrt(sum((s.stderr or 0.0) ** 2 for p in pairs for s in p)) / k
+                found = equivalent_difference(was, now - was, se, law, change=point.name, n_items=min(b.n or 0 for _, b in pairs))
             row = dataclasses.asdict(found)
-            rows.append({"key": question.key, "point": point.name, **({"refused": row["reason"]} if isinstance(found, Refused) else row)})
+            row = {"refused": row["reason"]} if isinstance(found, Refused) else row
+            rows.append({"key": question.key, "point": point.name, "paired": all(items), **row})
     return rows
 
 
-def _languages() -> list[dict[str, Any]]:
-    """Paper A's Table 3, shares in percent."""
+def _paired_items(task: str, before: Point, after: Point) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
+    """The two models' item scores in points ``(n,)`` and the items' documents; None where they are not those of the scores."""
+    if task not in before.items or task not in after.items:
+        return None
+    first, second = ({i.id: i for i in read_items(p.items[task])} for p in (before, after))
+    if first.keys() != second.keys() or any(i.score is None for i in (*first.values(), *second.values())):
+        return None
+    values = [100 * np.array([side[k].score for k in first]) for side in (first, second)]
+    if any(abs(v.mean() - 100 * p.scores[task].value) > 1e-6 for v, p in zip(values, (before, after), strict=True)):
+        return None  # of another run of the task
+    return values[0], values[1], [i.document for i in first.values()]
+
+
+def _languages(own: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Paper A's Table 3 and the user's models by the same columns, shares of sequences in percent."""
     header, rows = read_table(DATA / "takase_table3_langdist.csv")
-    return [{"model": row["model"], "shares": {c: float(row[c]) for c in header[1:]}, "source": "Takase & Honda, Table 3"} for _, row in rows]
+    named = [c for c in header[1:] if c != "others"]
+    found = [{"model": row["model"], "shares": {c: float(row[c]) for c in header[1:]}, "source": "Takase & Honda, Table 3"} for _, row in rows]
+    for row in own:
+        shares = {c: row["shares"].get(c, 0.0) for c in named}
+        shares["others"] = sum(row["shares"].values()) - sum(shares.values())
+        found.append({**row, "shares": shares})
+    return found
 
 
 def _budgets(facts: ModelFacts | None, table: Mapping[str, ModelFacts], rule: Convention) -> dict[str, Any]:

@@ -183,6 +183,38 @@ def equivalent_budget(
     )
 
 
+def equivalent_means(
+    tasks: Sequence[tuple[np.ndarray, np.ndarray, Sequence]], law: Law, *, change: str, unit: str, seed: int = 1, level: float = 0.95
+) -> Equivalence | Refused:
+    """:func:`equivalent_budget` for a score that is the mean of several tasks, each with items of its own.
+
+    Args:
+        tasks: for each task ``before`` and ``after``, float ``(n,)`` scores of the same items in the law's unit, and the
+            cluster of each item. Tasks are drawn independently of one another.
+
+    Raises:
+        UserError: no task, or as :func:`equivalent_budget`.
+    """
+    if len(tasks) == 1:
+        before, after, clusters = tasks[0]
+        return equivalent_budget(before, after, law, change=change, unit=unit, clusters=clusters, seed=seed, level=level)
+    if not tasks or unit != law.unit:
+        raise UserError(f"{change}: {len(tasks)} tasks in {unit}, the law {law.name} is in {law.unit}")
+    smallest = min(len(set(clusters)) for _, _, clusters in tasks)
+    if smallest < MIN_ITEMS:
+        return Refused(change, f"{smallest} independent items in one of the tasks: at least {MIN_ITEMS} are needed", smallest)
+    was, now = (float(np.mean([np.mean(task[i]) for task in tasks])) for i in (0, 1))
+    outside = _outside(was, now, law)
+    if outside:
+        return Refused(change, outside, smallest)
+    number = max(len(law.slope_draws), 1000)
+    drawn = [paired_draws(a, b, c, number, seed + i) for i, (a, b, c) in enumerate(tasks)]
+    return _equivalence(
+        was, now, np.mean([d for d, _ in drawn], axis=0), law, change=change, items=sum(len(a) for a, _, _ in tasks),
+        groups=sum(g for _, g in drawn), level=level,
+    )  # fmt: skip
+
+
 def equivalent_difference(
     before: float, difference: float, se: float, law: Law, *, change: str, n_items: int, seed: int = 1, level: float = 0.95
 ) -> Equivalence | Refused:

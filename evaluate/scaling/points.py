@@ -60,6 +60,7 @@ class Point:
         kind: ``base``, ``adapted`` or ``quantized``.
         facts: what its budget is made of.
         scores: task → score, for tasks that have one from 0 to 1.
+        items: task → file of the items' scores behind it, where that is kept (:mod:`tsugiki.evaluate.run`).
         notes: what is unknown or assumed about its budget.
     """
 
@@ -68,6 +69,7 @@ class Point:
     kind: str
     facts: ModelFacts
     scores: Mapping[str, Score] = field(default_factory=dict)
+    items: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -135,22 +137,23 @@ def _run_points(
 ) -> list[Point]:
     base, note = base_facts(summary["base"], models, bases)
     notes = (note,) if note else ()
-    points = [Point(f"{run} base", run, "base", base, _scores(rows, run, ("base",)), notes)]
+    kept = (folder.parents[1] / "benchmarks", folder / "evaluate" / "benchmarks")  # of `evaluate run`, of the recipe
+    points = [Point(f"{run} base", run, "base", base, *_scores(rows, run, ("base",), kept), notes)]
     sweep = summary.get("sweep") or {}
-    kept = (sweep.get("optimum") or {}).get("n")
-    fits = [p for p in sweep.get("points", []) if p["n"] == kept]
+    best = (sweep.get("optimum") or {}).get("n")
+    fits = [p for p in sweep.get("points", []) if p["n"] == best]
     if not fits:
         return points
     fit = min(fits, key=lambda p: p["nll"])  # of several seeds, the recipe keeps the best
     tokens, how = tokens_by_language(folder / "data" / "train.jsonl", fit["n"], fit["train_tokens"])
     grown = adapted(base, f"{run} adapted", tokens)
     notes = (*notes, how)
-    points.append(Point(grown.name, run, "adapted", grown, _scores(rows, run, ("adapted", "F16")), notes))
+    points.append(Point(grown.name, run, "adapted", grown, *_scores(rows, run, ("adapted", "F16"), kept), notes))
     for level in summary.get("levels", []):
         if level["level"] == "F16":
             continue
         facts = quantized(grown, f"{run} {level['level']}", level["bytes"])
-        points.append(Point(facts.name, run, "quantized", facts, _scores(rows, run, (level["level"],)), notes))
+        points.append(Point(facts.name, run, "quantized", facts, *_scores(rows, run, (level["level"],), kept), notes))
     return points
 
 
@@ -199,11 +202,14 @@ def language_by_script(text: str) -> str:
     return "en" if latin and not kanji else "und"
 
 
-def _scores(rows: Iterable[dict], run: str, names: tuple[str, ...]) -> dict[str, Score]:
-    """The scores from 0 to 1 of one model of a run; of two rows of a task, the one with more items."""
+def _scores(
+    rows: Iterable[dict], run: str, names: tuple[str, ...], kept: Iterable[Path] = ()
+) -> tuple[dict[str, Score], dict[str, Path]]:
+    """The scores from 0 to 1 of one model of a run, and the files of their items; of two rows of a task the one with more items."""
     wanted = {f"{run}/{name}" for name in names}
     fractions = {metric for known in METRICS.values() for metric in known}
     scores: dict[str, Score] = {}
+    items: dict[str, Path] = {}
     for row in rows:
         metric = row["metric"]
         if row["run"] != run or row["model"] not in wanted or metric not in fractions or not 0 <= row["value"] <= 1:
@@ -215,7 +221,35 @@ def _scores(rows: Iterable[dict], run: str, names: tuple[str, ...]) -> dict[str,
         old_right = old is not None and (known is None or old.metric in known)
         if old is None or (right, row["n"] or 0) > (old_right, old.n or 0):
             scores[task] = Score(row["value"], row["stderr"], row["n"], metric)
-    return scores
+            file = f"items-{str(row['settings'].get('task') or '').replace('/', '__')}.jsonl"
+            items.pop(task, None)
+            for path in (folder / row["model"].replace("/", "__") / file for folder in kept):
+                if path.is_file():
+                    items[task] = path
+                    break
+    return scores, items
+
+
+def read_languages(runs: Path | str) -> tuple[list[dict[str, Any]], list[str]]:
+    """What ``tsugiki evaluate languages`` found of the user's models: every ``languages.json`` below ``runs``.
+
+    Returns:
+        rows ``{"model", "shares", "source"}`` (language → share of sequences, percent; ``und`` is text of no language),
+        named by their folders, and notes about files that could not be read.
+    """
+    runs, rows, notes = Path(runs), [], []
+    for path in sorted(runs.rglob("languages.json")):
+        name = path.parent.relative_to(runs).as_posix()
+        try:
+            found = read_json(path)
+            shares = {str(row["language"]): 100 * float(row["sequences"]) for row in found["languages"]}
+            source = f"{int(found['done']):,} of {int(found['sequences']):,} sequences of {int(found['tokens']):,} tokens"
+            model = str(found["model"]).removesuffix(".gguf") if name == "." else name
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            notes.append(f"{name}/languages.json cannot be read ({type(error).__name__}: {error})")
+            continue
+        rows.append({"model": model, "shares": shares, "source": source})
+    return rows, notes
 
 
 def place(
