@@ -18,12 +18,12 @@ import numpy as np
 from tsugiki.artifacts import write_jsonl
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.domain import Answer
-from tsugiki.evaluate.engine import check_gguf, thread_count
+from tsugiki.evaluate.engine import thread_count
 from tsugiki.evaluate.score import score
 from tsugiki.machine import cpu_count
 from tsugiki.progress import progress
 from tsugiki.quantize.compare import available_memory, compare, memory_of, plan_groups, run_task
-from tsugiki.quantize.profile import file_profile
+from tsugiki.quantize.profile import file_profile, read_header
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings, divergences, judge
 from tsugiki.quantize.windows import WINDOW
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
@@ -168,7 +168,7 @@ def _refuse(files: Mapping[str, Path], samples: Sequence, texts: Mapping[str, Se
         problems.append("no level to check")
     for path in files.values():
         try:
-            check_gguf(path)
+            read_header(path)
         except UserError as error:
             problems.append(f"{error.where}: {error.message}")
     raise_problems(problems, what="the check cannot start")
@@ -222,7 +222,7 @@ def encode_sets(
     Raises:
         UserError: as :mod:`tsugiki.quantize.windows`, or the file is broken.
     """
-    check_gguf(path)
+    read_header(path)
     with tempfile.TemporaryDirectory(prefix="tsugiki-check-") as folder:
         rows = Path(folder) / "questions"
         write_jsonl(rows, questions)

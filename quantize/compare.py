@@ -182,8 +182,9 @@ def _compare(job: dict) -> dict:
             }
             engine = Engine(file["path"], n_ctx=job["n_ctx"], n_seq_max=WIDTH, flash_attention=job["fused"], **kinds)
             engines.append(stack.enter_context(engine))
-        for path in {e.path: e for e in engines[1:]}.values():
-            same_vocabulary(engines[0], path)
+        digest = None
+        for engine in {e.path: e for e in engines[1:]}.values():
+            digest = same_vocabulary(engines[0], engine, digest)
         index, parts = [], []
         for blocks in _lock_step(engines, samples):
             rows = blocks[0][0]
@@ -196,21 +197,23 @@ def _compare(job: dict) -> dict:
     return {"peak_rss": peak_rss()}
 
 
-def same_vocabulary(first: Engine, other: Engine) -> None:
-    """Refuse a file whose tokens are not those of the first.
+def same_vocabulary(first: Engine, other: Engine, digest: str | None = None) -> str | None:
+    """Refuse a file whose tokens are not those of the first; the first's ``digest`` is returned for the next file.
 
     Raises:
         UserError: with both sizes, or that tokens differ.
     """
     if other.path == first.path:
-        return
+        return digest
     hint = "A level is compared with the F16 file that it was made from."
     if other.vocab_size != first.vocab_size:
         raise UserError(f"its vocabulary has {other.vocab_size} tokens, that of {first.path.name} {first.vocab_size}",
                         where=str(other.path), hint=hint)
-    if other.vocab_digest() != first.vocab_digest():
+    digest = digest or first.vocab_digest()
+    if other.vocab_digest() != digest:
         raise UserError(f"its vocabulary has other tokens than that of {first.path.name} ({first.vocab_size} each)",
                         where=str(other.path), hint=hint)
+    return digest
 
 
 def _lock_step(engines: Sequence[Engine], samples: Sequence[EncodedSample]) -> Iterator[list]:

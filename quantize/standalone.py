@@ -11,7 +11,6 @@ import gguf
 
 from tsugiki.artifacts import sha256_file, write_json
 from tsugiki.errors import UserError, raise_problems
-from tsugiki.evaluate.engine import check_gguf
 from tsugiki.quantize.check import cache_probe, check, encode_sets
 from tsugiki.quantize.profile import file_profile, read_header
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings
@@ -65,7 +64,7 @@ def check_files(job: CheckFiles, out: Path | None = None) -> dict:
     problems = []
     for path in (job.reference, *job.levels):
         try:
-            check_gguf(path)
+            read_header(path)
         except UserError as error:
             problems.append(f"{error.where}: {error.message}")
     if not job.levels:

@@ -180,18 +180,18 @@ def show_check(found: dict) -> None:
     parts = {"domain": found} if any("score" in r for r in found["levels"]) else {}
     for name, part in (parts | found["texts"]).items():
         scored = "score" in part["levels"][0]
-        columns = ["level", "MB", "NLL", "ΔNLL", "interval", "KL mean", "p99", "max", "top-1", "top-5"]
-        columns += ["score", "interval", "→wrong", "→right"] if scored else []
-        unit = "samples" if scored else "windows"
-        table = plain_table(f"{name}: {part['samples']:,} {unit}, {part['tokens']:,} tokens, {part['documents']:,} documents", *columns, "verdict",
-                            numbers=True)
+        title = f"{name}: {part['samples']:,} {'samples' if scored else 'windows'}, {part['tokens']:,} tokens, {part['documents']:,} documents"
+        table = plain_table(title, "level", "MB", "NLL", "ΔNLL", "interval", "KL mean", "p99", "max", "top-1", "top-5", "verdict", numbers=True)
         for r in part["levels"]:
-            cells = [r["level"], f"{r['bytes'] / 1e6:,.1f}", f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}", _interval(r["delta_ci"], 4),
-                     f"{r['kld_mean']:.5f}", f"{r['kld_p99']:.4f}", f"{r['kld_max']:.3f}", f"{r['top1']:.1%}", f"{r['top5']:.1%}"]
-            if scored:
-                cells += [f"{r['score']:.3f}", _interval(r["delta_score_ci"], 3), str(r["flips"]["to_wrong"]), str(r["flips"]["to_right"])]
-            table.add_row(*cells, r["verdict"])
+            table.add_row(r["level"], f"{r['bytes'] / 1e6:,.1f}", f"{r['nll']:.4f}", f"{r['delta_nll']:+.4f}", _interval(r["delta_ci"], 4),
+                          f"{r['kld_mean']:.5f}", f"{r['kld_p99']:.4f}", f"{r['kld_max']:.3f}", f"{r['top1']:.1%}", f"{r['top5']:.1%}", r["verdict"])
         out.print(table)
+        if scored:
+            table = plain_table(f"{name}: answers", "level", "score", "Δscore", "interval", "→wrong", "→right", "changed", "token/s", numbers=True)
+            for r in part["levels"]:
+                table.add_row(r["level"], f"{r['score']:.3f}", f"{r['delta_score']:+.3f}", _interval(r["delta_score_ci"], 3), str(r["flips"]["to_wrong"]),
+                              str(r["flips"]["to_right"]), str(r["changed"]), f"{r['gen_tok_s']:.0f}")
+            out.print(table)
     if found["attribution"]:
         steps = found["attribution"]
         table = plain_table(f"steps: {steps['samples']:,} samples, {steps['tokens']:,} tokens; the largest is {steps['largest']}",
