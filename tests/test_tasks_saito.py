@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -236,6 +237,19 @@ def test_jmmlu_is_split_as_llm_jp_eval_splits_it():
         "high_school_geography", "professional_psychology", "anatomy", "philosophy", "jurisprudence"]  # fmt: skip
     assert [row["answer"] for row in train[:5]] == list("BACBB")
     assert Counter(map(repr, train + dev + test)) == Counter(map(repr, everything))
+
+
+@shared
+def test_jmmlu_items_are_what_a_text_file_reader_sees():
+    """The original opened the files as text: a lone carriage return within a cell is a line end."""
+    seen = set()
+    for path in (DATA / "benchmarks/jmmlu/JMMLU").glob("*.csv"):
+        with path.open(encoding="utf-8-sig") as file:
+            for q, a, b, c, e, letter in csv.reader(file, quoting=csv.QUOTE_ALL):
+                seen.add((f"質問：{q}\n選択肢：A.{a},B.{b},C.{c},D.{e}", letter))
+    for row in rows("jmmlu", DATA):
+        item = row["prompt"].rpartition("\n\n### 入力:\n")[2].removesuffix("\n\n### 応答:\n")
+        assert (item, row["target"]) in seen
 
 
 @shared
