@@ -365,7 +365,7 @@ def test_reading_writes_nothing_beside_the_data(tmp_path):
 def test_the_blank_of_an_xwino_sentence_stands_for_its_pronoun_wherever_the_word_occurs_before():
     lines = (DATA / "benchmarks" / "xwinograd" / "dataset.tsv").read_text(encoding="utf-8").splitlines()
     for row, line in zip(load_set("xwinograd", DATA)["test"], lines, strict=True):
-        text, tokens, pronoun, candidates = line.split("\t")[3], *map(json.loads, line.split("\t")[4:])
+        text, (_, pronoun, candidates) = line.split("\t")[3], map(json.loads, line.split("\t")[4:])
         before, after = row["sentence"].split("_")
         assert text.startswith(before) and text.endswith(after)
         assert text[len(before) : len(text) - len(after)].replace(" ", "") == pronoun[0].replace(" ", "")
