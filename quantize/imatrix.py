@@ -352,16 +352,17 @@ def _work(job: dict) -> dict:
 
     collector = Collector(output=job["output"])
     sources = [read_source(f) for f in job["files"]]
-    longest = max([job["chunk"], *(len(s) for source in sources for s in source.samples)])
+    longest = max((len(s) for source in sources for s in source.samples), default=0)
     with Engine(job["path"], n_ctx=256, n_seq_max=1) as engine:
         trained = int(engine.metadata.get(f"{engine.metadata['general.architecture']}.context_length", 1 << 30))
-        chunks = [c for s, n in zip(sources, job["tokens"], strict=True) for c in chunks_of(s, engine, n, job["chunk"])]
+        size = min(job["chunk"], trained)
+        chunks = [c for s, n in zip(sources, job["tokens"], strict=True) for c in chunks_of(s, engine, n, size)]
     if longest > trained:
-        raise UserError(f"a chunk or sample has {longest} tokens, the model was trained for {trained}", where=job["path"])
+        raise UserError(f"a sample has {longest} tokens, the model was trained for {trained}", where=job["path"])
     total, done = sum(map(len, chunks)), 0
     if total < 16:
         raise UserError(f"{total} tokens are too few for an importance matrix", where=", ".join(job["files"]))
-    n_ctx = -(-max(4096, longest) // 256) * 256
+    n_ctx = -(-max(min(4096, trained), longest, size) // 256) * 256
     with Probe(job["path"], watch=collector, n_ctx=n_ctx, n_threads=job["threads"], n_gpu_layers=job["gpu"]) as probe:
         partial, saved = Path(job["partial"]), time.monotonic()
         first = _resume(partial, job["digest"], collector)
@@ -374,11 +375,11 @@ def _work(job: dict) -> dict:
             done += sum(map(len, part))
             say(tokens=done, total=total)
             if number >= first and time.monotonic() - saved > SAVE_EVERY:
-                write_imatrix(partial, collector.matrix([], 0, job["chunk"]),
+                write_imatrix(partial, collector.matrix([], 0, size),
                               extra={"tsugiki.digest": job["digest"], "tsugiki.groups": str(number + 1)})
                 saved = time.monotonic()
     names = [Path(f).name for f in job["files"]]
-    write_imatrix(job["out"], collector.matrix(names, max(1, total // job["chunk"]), job["chunk"]))
+    write_imatrix(job["out"], collector.matrix(names, max(1, total // size), size))
     return {"tokens": total}
 
 

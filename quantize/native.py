@@ -170,7 +170,7 @@ class Probe:
 
     SEQUENCES = 8
 
-    def __init__(self, path: Path | str, *, watch: Callable | None = None, writable: bool = False, n_ctx: int = 4096,
+    def __init__(self, path: Path | str, *, watch: Callable | None = None, writable: bool = False, n_ctx: int = 2048,
                  n_threads: int | None = None, n_gpu_layers: int = 0):
         self.path, self._watch, self.error, self.weights = Path(path), watch, None, {}
         self._model = self._context = None

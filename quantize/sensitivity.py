@@ -148,6 +148,7 @@ class Simulator:
         if tokens * size > 2 * MOST_LOGITS:
             raise UserError(f"{tokens} tokens of {probe.vocab_size} log-probabilities need {tokens * size / 1e9:.1f} GB",
                             hint=f"Take at most {MOST_LOGITS // size} tokens.")
+        refuse_ids(samples, probe)
         self._reference = [x - log_sum_exp(x)[:, None].astype(np.float32) for x in self._logits()]
 
     def _logits(self) -> Iterator[np.ndarray]:
@@ -235,6 +236,19 @@ class Simulator:
             total += float(kl_rows(reference, logits).sum())
             tokens += len(logits)
         return total / tokens
+
+
+def refuse_ids(samples: Sequence[EncodedSample], probe) -> None:
+    """Refuse samples without prompt or completion, and ids outside the vocabulary (the last one is never decoded)."""
+    for s in samples:
+        if not s.prompt_ids or not s.completion_ids or min(s.ids) < 0 or max(s.ids) >= probe.vocab_size:
+            raise UserError(
+                f"sample {s.id!r} has {len(s.prompt_ids)} prompt and {len(s.completion_ids)} completion tokens, ids up to "
+                f"{max(s.ids, default=-1)}; each needs at least 1, and the vocabulary has {probe.vocab_size}", where=str(probe.path),
+                hint="Encode the samples with this model's own tokenizer.",
+            )
+    if not samples:
+        raise UserError("there is no sample with both prompt and completion")
 
 
 def kl_rows(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -498,15 +512,16 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
         if wrong := [p for p in probes if p.vocab_size != probes[0].vocab_size]:
             raise UserError(f"its vocabulary has {wrong[0].vocab_size} tokens, the reference's {probes[0].vocab_size}",
                             where=str(wrong[0].path), hint="Compare files made from the same F16 file.")
+        refuse_ids(samples, probes[0])
         for blocks in zip(*(p.decode(ids, flags) for p in probes), strict=True):
             part = slice(at, at + len(blocks[0]))
             at = part.stop
             row = np.arange(len(blocks[0]))
             logp = blocks[0] - log_sum_exp(blocks[0])[:, None].astype(np.float32)
-            np.add.at(nll[0], owner[part], -logp[row, targets[part]])
-            for i, logits in enumerate(blocks[1:]):
-                np.add.at(kl[i], owner[part], kl_rows(logp, logits))
-                np.add.at(nll[1 + i], owner[part], log_sum_exp(logits) - logits[row, targets[part]])
+            for i, logits in enumerate(blocks):
+                np.add.at(nll[i], owner[part], log_sum_exp(logits) - logits[row, targets[part]])
+                if i:
+                    np.add.at(kl[i - 1], owner[part], kl_rows(logp, logits))
             if on_done:
                 on_done(at, len(targets))
     return {"kl": kl, "nll": nll, "tokens": np.bincount(owner, minlength=len(samples))}
