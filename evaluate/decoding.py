@@ -138,6 +138,8 @@ class Walk:
 
     def step(self) -> tuple[list[tuple[Node, int]], np.ndarray]:
         """Decode a batch; the ``(node, offset)`` of each row, and the rows: a view of logits, float32 ``(R, V)``."""
+        if self.engine.separate:  # llama.cpp decodes neighbours together whose sequences are consecutive
+            self.growing.sort(key=lambda node: node.seq)
         token = [node.tokens[-1] for node in self.growing]
         pos = [node.end - 1 for node in self.growing]
         seq = [node.seq for node in self.growing]
@@ -330,8 +332,13 @@ def generate(
         wanted[-1] = any(child.growing for child in node.children)
         return wanted
 
-    _reserve(engine, root, paths, extra, engine.width)
-    walk = Walk(engine, root, leaves, extra, min(engine.width, engine.batch, engine.logit_rows), flags)
+    # in use on average: a prompt's own part, and half of an answer; one that may stop is taken as a quarter of its limit
+    own = [2 * len(leaf.parent.tokens) * (len(leaf.parent.children) == 1)
+           + (more // 4 if stops or strings else more)
+           for leaf, more, strings in zip(leaves, extra, _per_prompt(stop_strings, n), strict=True)]
+    width = engine.width(max(1, sum(own) // max(1, n)))
+    _reserve(engine, root, paths, extra, width)
+    walk = Walk(engine, root, leaves, extra, min(width, engine.batch, engine.logit_rows), flags)
     rngs = [np.random.default_rng((seed, i)) for i in range(n)] if temperature > 0 else None
     margins, results = [[] for _ in prompts], [None] * n
     while len(walk.finished) < n:
