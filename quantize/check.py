@@ -247,7 +247,7 @@ def cache_probe(path: Path, samples: Sequence[EncodedSample], *, types: Sequence
     Raises:
         UserError: a type that does not fit the heads' size, or a broken file.
     """
-    check_gguf(path)
+    read_header(path)
     caches = {"f16": ("f16", "f16")}
     for kind in types:
         caches |= {f"keys {kind}": (kind, "f16"), f"values {kind}": ("f16", kind)}

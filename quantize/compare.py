@@ -71,9 +71,10 @@ def run_task(
 def serve_tasks(tasks: Mapping[str, Callable[[dict], dict]]) -> None:
     """The child's side of :func:`run_task`, with a sign of life every half second."""
 
+    ended = threading.Event()
+
     def live() -> None:
-        while True:
-            time.sleep(0.5)
+        while not ended.wait(0.5):
             say(steps=0)
 
     def task(job: dict) -> dict:
@@ -82,8 +83,13 @@ def serve_tasks(tasks: Mapping[str, Callable[[dict], dict]]) -> None:
         except OSError as error:  # a full disk, mostly
             raise UserError(error.strerror or str(error), where=error.filename, hint="Nothing was written.") from error
 
-    threading.Thread(target=live, daemon=True).start()
-    serve(task)
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    try:
+        serve(task)
+    finally:
+        ended.set()
+        thread.join()
 
 
 # --- lock-step --------------------------------------------------------------------------------------------------
