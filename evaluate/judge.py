@@ -102,7 +102,8 @@ def answer_files(paths: Sequence[Path]) -> dict[str, Path]:
     found: list[tuple[str, Path]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted((path / "evaluate").glob("answers-*.jsonl")) or sorted(path.glob("answers-*.jsonl"))
+            inside = list((path / "evaluate").glob("answers-*.jsonl")) or list(path.glob("answers-*.jsonl"))
+            inside.sort(key=lambda p: (p.stem != "answers-base", p.stem != "answers-adapted", p.stem))
             if not inside:
                 raise UserError("there are no answers here", where=str(path), hint="Run the stage `evaluate` first, or name a .jsonl file.")
             found += [(p.stem.removeprefix("answers-"), p) for p in inside]
@@ -215,8 +216,8 @@ def judge_answers(
 
     Returns:
         what ``out/judge.json`` holds: ``rubric`` (with its hash), ``judge``, ``models`` (mean rating, interval by
-        document, counts of ratings and of malformed verdicts, by kind), ``paired`` (each later model against the
-        first, on the items where both have a rating), ``agreement``, ``usage`` and ``cost``. ``verdicts.jsonl`` and
+        document, counts of ratings and of malformed verdicts, by kind), ``paired`` (:func:`_pairs`, on the items where both
+        have a rating), ``agreement``, ``usage`` and ``cost``. ``verdicts.jsonl`` and
         ``items-<model>.jsonl`` lie beside it.
 
     Raises:
@@ -488,9 +489,8 @@ def _read_out(
             "kinds": {k: _mean([p for p in pairs if p[0]["kind"] == k]) for k in kinds} if len(kinds) > 1 else {},
             "turns": {t: _mean([p for p in pairs if p[0]["id"].endswith(f"/{t}")]) for t in ("1", "2")} if rubric.kind == "two-turn" else {},
         })  # fmt: skip
-    first, *rest = asked
     paired = []
-    for model in rest:
+    for first, model in _pairs(list(asked)):
         both = {i.id for i in items[first] if i.score is not None} & {i.id for i in items[model] if i.score is not None}
         if both:
             before, after = ([i for i in items[m] if i.id in both] for m in (first, model))
@@ -500,6 +500,13 @@ def _read_out(
         for model, labels in people.items()
     ]
     return {"models": models, "paired": paired, "agreement": agreement}
+
+
+def _pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Which models are compared: of a run the adapted one with its base and each level with the adapted one, else all with the first."""
+    if {"base", "adapted"} <= set(models):
+        return [("base", "adapted"), *(("adapted", m) for m in models if m not in ("base", "adapted"))]
+    return [(models[0], m) for m in models[1:]]
 
 
 def _mean(pairs: Sequence[tuple[dict, int | None]]) -> dict[str, Any]:

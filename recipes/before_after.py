@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from tsugiki.artifacts import read_json, write_jsonl
+from tsugiki.artifacts import digest, read_json, sha256_file, write_jsonl
 from tsugiki.errors import UserError
 from tsugiki.evaluate.data import data_folder
 from tsugiki.evaluate.domain import Answer, domain_answers, summarize
@@ -77,7 +77,7 @@ def before_after(
         say: told what is going on.
 
     Returns:
-        ``scoring``; ``rows``, one for each model and kind of test item (``task`` is ``domain`` or ``domain/kind``) and
+        ``scoring`` and ``answering`` (how the test was answered); ``rows``, one for each model and kind of test item (``task`` is ``domain`` or ``domain/kind``) and
         for each model and benchmark (with ``family``); ``changes``, paired differences of the adapted model against the
         base and of each level against the adapted model (:func:`tsugiki.evaluate.paired.compare_items`; of levels on
         the domain's test those of the check stage); ``not_measured`` with the reasons; ``examples``, a few questions
@@ -104,12 +104,8 @@ def before_after(
         with Engine(run_dir / "levels" / f"model-{level}.gguf", flash_attention=True) as engine:
             for answer in domain_answers(engine, examples, **options):
                 shown[answer.id][level] = answer.text
-    prompts = {s.id: s.prompt for s in test}
     for model, found in answers.items():
-        write_jsonl(out / f"answers-{model}.jsonl", [
-            {"id": a.id, "document": a.document, "kind": a.kind, "question": prompts[a.id], "reference": a.reference,
-             "answer": a.text, "score": a.score, "finished": a.finished} for a in found
-        ])  # fmt: skip
+        _write_answers(out / f"answers-{model}.jsonl", test, found)
     rows = [row for model, found in answers.items() for row in _rows(model, domain, found)]
     changes = domain_changes(domain, answers, check)
     missing: list[dict] = []
@@ -119,7 +115,7 @@ def before_after(
         changes += found["changes"]
         missing = found["not_measured"]
     return {
-        "scoring": domain.scoring, "rows": rows, "changes": changes, "not_measured": missing,
+        "scoring": domain.scoring, "answering": {**options, "items": items}, "rows": rows, "changes": changes, "not_measured": missing,
         "examples": [
             {"kind": s.kind, "prompt": s.prompt, "reference": s.completion, "answers": shown[s.id]} for s in examples
         ],
@@ -133,6 +129,41 @@ def _examples(test: list[EncodedSample]) -> list[EncodedSample]:
         kinds.setdefault(s.kind, []).append(s)
     few = EXAMPLES_PER_KIND if len(kinds) <= 4 else 1
     return [s for kind in sorted(kinds) for s in kinds[kind][:few]]
+
+
+def _write_answers(path: Path, test: Sequence[EncodedSample], answers: Sequence[Answer]) -> None:
+    write_jsonl(path, [
+        {"id": s.id, "document": s.document, "kind": s.kind, "question": s.prompt, "reference": s.completion,
+         "answer": a.text, "score": a.score, "finished": a.finished}
+        for s, a in zip(test, answers, strict=True)
+    ])  # fmt: skip
+
+
+def level_answers(run_dir: Path, level: str, out: Path) -> Path:
+    """A level's answers to the test items that the evaluate stage used; those already made are not made again.
+
+    Returns:
+        ``out/answers-<level>-<hash>.jsonl``.
+
+    Raises:
+        UserError: the stage has not been run, or there is no such level.
+    """
+    model = run_dir / "levels" / f"model-{level}.gguf"
+    if not model.is_file():
+        there = ", ".join(sorted(p.stem.removeprefix("model-") for p in (run_dir / "levels").glob("model-*.gguf")))
+        raise UserError(f"the run has no level {level!r}", where=str(run_dir), hint=f"It has {there or 'none'}.")
+    try:
+        how = read_json(run_dir / "evaluate" / "evaluate.json")["answering"]
+    except (FileNotFoundError, KeyError) as error:
+        raise UserError("the stage `evaluate` has not been run", where=str(run_dir), hint="Run it first: tsugiki recipe run …") from error
+    test = read_encoded(run_dir / "data" / "test.jsonl")[: how.pop("items")]
+    path = out / f"answers-{level}-{digest([sha256_file(model), how, [s.ids for s in test]])[:8]}.jsonl"
+    if not path.exists():
+        with Engine(model, flash_attention=True) as engine, progress() as bar:
+            task = bar.add_task("answers", total=len(test), note=level)
+            answers = domain_answers(engine, test, **how, on_done=lambda done: bar.update(task, completed=done))
+        _write_answers(path, test, answers)
+    return path
 
 
 def _rows(model: str, domain: Domain, answers: list[Answer]) -> list[dict]:

@@ -83,6 +83,7 @@ def evaluate_budget(
 def evaluate_judge(
     answers: Annotated[list[Path], typer.Argument(help="A run's folder or .jsonl files of answers, one a model; for MT-Bench also .gguf files, whose answers are made first.", show_default=False)],
     rubric: Annotated[str, typer.Option(help="domain (0–3), mt-bench-ja or mt-bench-en (1–10).")] = "domain",
+    level: Annotated[list[str] | None, typer.Option(help="Of a run: this quantization level's answers too; may be repeated.", show_default=False)] = None,
     endpoint: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible server, https://…/v1.")] = "",
     model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "",
     gguf: Annotated[Path | None, typer.Option(help="The judge as a file, run in this process.", show_default=False)] = None,
@@ -115,6 +116,12 @@ def evaluate_judge(
     if models and asked.kind != "two-turn":
         raise UserError(f"{models[0].name} is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
     files += [two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for p in models]
+    if level:
+        from tsugiki.recipes.before_after import level_answers
+
+        if not first.is_dir():
+            raise UserError("--level is of a run", hint="Give the run's folder, for example runs/setsubi/tiny-llama.")
+        files += [level_answers(first, name, out) for name in level]
     given = {name: read_answers(path, asked)[:limit] for name, path in answer_files(files).items()}
     prices = (price_in, price_out) if price_in is not None and price_out is not None else None
     found = judge_answers(given, asked, judge, out, labels=people, prices=prices, agreed=yes,

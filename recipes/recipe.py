@@ -474,13 +474,13 @@ def evaluate_stage(run: Run) -> bool:
 
         found = before_after(
             run.folder, run.domain, folder, items=run.settings.evaluate_items, benchmarks=choice, data_dir=run.data_dir,
-            tokenizer=base_folder(run), results=results, say=lambda text: console.print(f"  [dim]{escape(text)}[/]"),
+            tokenizer=base_folder(run), results=results,
         )
         write_json(folder / "evaluate.json", found)
         own = [r for r in found["rows"] if not r.get("family")]
         for row in own:
             console.print(f"  {row['model']:<8} {row['task']:<28} {row['metric']} {row['value']:.3f} ± {row['stderr'] or 0:.3f} (n {row['n']})")
-        for row in found["changes"]:
+        for row in (c for c in found["changes"] if c["to"] in ("adapted", level)):  # the others are in the report
             interval = f" ({row['ci'][0]:+.3f} to {row['ci'][1]:+.3f})" if row["ci"] else ""
             console.print(f"  {row['family']:<8} {row['task']:<20} {row['from']} → {row['to']}: {row['difference']:+.3f}{interval} {row['change']}")
         for row in found["not_measured"]:

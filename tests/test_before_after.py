@@ -122,6 +122,17 @@ def test_the_answers_are_kept_for_a_judge(found, run):
     assert len(rows) == 20 and rows[0]["question"].startswith("ポンプP-") and rows[0]["reference"].startswith("油")
 
 
+def test_a_levels_answers_are_made_on_demand_and_once(found, run, tmp_path):
+    write_json(run / "evaluate" / "evaluate.json", found)
+    path = module.level_answers(run, "Q4_K_M", tmp_path)
+    rows = read_jsonl(path)
+    assert [r["id"] for r in rows] == [r["id"] for r in read_jsonl(run / "evaluate" / "answers-adapted.jsonl")]
+    before = path.stat().st_mtime_ns
+    assert module.level_answers(run, "Q4_K_M", tmp_path) == path and path.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="It has Q4_K_M"):
+        module.level_answers(run, "Q5_K_M", tmp_path)
+
+
 def test_benchmark_rows_reach_the_results_table_under_the_laws_names(found, run):
     rows = read_results(run.parents[1] / "results.sqlite")
     kept = {r["model"]: r["value"] for r in rows if r["task"] == "jemhopqa[:12]" and r["metric"] == "char_f1"}

@@ -332,6 +332,15 @@ def test_two_models_are_compared_on_the_answers_that_both_have_a_rating_for(tmp_
     assert pair["difference"] == 2 and pair["change"] == "gained"
 
 
+def test_of_a_run_each_level_is_compared_with_the_adapted_model(tmp_path):
+    models = {"base": answered(12, "油B"), "adapted": answered(12), "Q4_K_M-1a2b": answered(12), "Q3_K_M-3c4d": answered(12)}
+    with server(says("[[2]]")) as (url, _):
+        found = judge_answers(models, DOMAIN, Judge(url, "m"), tmp_path)
+    assert [(p["from"], p["to"]) for p in found["paired"]] == [
+        ("base", "adapted"), ("adapted", "Q4_K_M-1a2b"), ("adapted", "Q3_K_M-3c4d"),
+    ]  # fmt: skip
+
+
 # --- in this process ---------------------------------------------------------------------------------------------
 
 
@@ -439,7 +448,7 @@ def test_a_runs_folder_stands_for_the_answers_of_its_models(tmp_path):
     for name in ("base", "adapted"):
         (folder / f"answers-{name}.jsonl").write_text("{}\n", encoding="utf-8")
     (tmp_path / "mine.jsonl").write_text("{}\n", encoding="utf-8")
-    assert list(answer_files([tmp_path / "run", tmp_path / "mine.jsonl"])) == ["adapted", "base", "mine"]
+    assert list(answer_files([tmp_path / "run", tmp_path / "mine.jsonl"])) == ["base", "adapted", "mine"]
     with pytest.raises(UserError, match="two files"):
         answer_files([tmp_path / "run", folder / "answers-base.jsonl"])
     with pytest.raises(UserError, match="no such file"):
