@@ -298,6 +298,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     truncate: str = "error",
     share: bool = True,
     on_done: Callable[[int], None] | None = None,
@@ -339,7 +340,7 @@ def generate(
     width = engine.width(max(1, sum(own) // max(1, n)))
     _reserve(engine, root, paths, extra, width)
     walk = Walk(engine, root, leaves, extra, min(width, engine.batch, engine.logit_rows), flags)
-    rngs = [np.random.default_rng((seed, i)) for i in range(n)] if temperature > 0 else None
+    rngs = [np.random.default_rng((seed, i)) for i in numbers or range(n)] if temperature > 0 else None
     margins, results = [[] for _ in prompts], [None] * n
     while len(walk.finished) < n:
         walk.admit()

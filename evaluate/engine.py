@@ -225,6 +225,13 @@ class Engine:
         return max(1, int(8 * heads * llama_cpp.llama_model_n_embd(model) * llama_cpp.llama_model_n_layer(model)))
 
     @property
+    def settings(self) -> dict[str, int]:
+        """What results depend on beside the file and the request, as far as rounding goes."""
+        params = self._params
+        return {"context": self.context, "type_k": params.type_k, "type_v": params.type_v,
+                "flash_attention": params.flash_attn_type, "gpu": int(self.offload)}
+
+    @property
     def memory(self) -> int:
         """llama.cpp's handle of the KV memory."""
         return self._memory
@@ -460,6 +467,7 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
         truncate: str = "error",
         share: bool = True,
         on_done: Callable[[int], None] | None = None,
@@ -475,6 +483,7 @@ class Engine:
                 one that is a special token's text ends the answer at that token.
             temperature: 0 takes the most probable token (the lowest id among equals); above, samples are drawn
                 by a generator of each prompt's own, seeded with ``(seed, index)``.
+            numbers: the prompts' indices in the seed, where these prompts are a part of others.
             top_p: the probability that sampling keeps, from the most probable id down.
             truncate: ``error``, or ``left`` to cut an over-long prompt from its left, so that the whole answer
                 has room; the cut is counted.
@@ -491,7 +500,7 @@ class Engine:
         """
         return decoding.generate(
             self, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop_strings=stop_strings,
-            temperature=temperature, top_p=top_p, seed=seed, truncate=truncate, share=share, on_done=on_done,
+            temperature=temperature, top_p=top_p, seed=seed, numbers=numbers, truncate=truncate, share=share, on_done=on_done,
             on_result=on_result,
         )
 
