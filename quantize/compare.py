@@ -199,6 +199,10 @@ def _compare(job: dict) -> dict:
             # steps: finished samples, once for each file
             say(steps=int((rows[:, 1] == 0).sum()) * len(engines))
     arrays = {key: np.concatenate([p[key] for p in parts], axis=1) for key in parts[0]}
+    for file, nll, kld in zip(job["files"].values(), arrays["nll"], arrays["kld"], strict=True):
+        if wrong := int((~np.isfinite(nll + kld)).sum()):
+            raise UserError(f"its logits are not finite at {wrong:,} of {len(nll):,} tokens", where=file["path"],
+                            hint="The weights are damaged: make or copy the file again.")
     np.savez(job["out"], sample=np.concatenate(index), **arrays)
     return {"peak_rss": peak_rss()}
 

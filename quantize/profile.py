@@ -67,7 +67,9 @@ class FileProfile:
 
     def as_dict(self) -> dict:
         """JSON-ready."""
-        return asdict(self)
+        found = asdict(self)
+        found["model"]["odd_rows"] = list(self.model.odd_rows)
+        return found
 
 
 def read_header(path: Path | str) -> Header:

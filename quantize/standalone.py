@@ -60,6 +60,17 @@ def check_files(job: CheckFiles, out: Path | None = None) -> dict:
     Raises:
         UserError: every file that is missing or broken, nothing to read, or no room for the result.
     """
+    try:
+        result = _check_files(job, out)
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}", where=error.filename and str(error.filename),
+                        hint="Free some space for temporary files (TMPDIR); nothing was left behind.") from error
+    if out:
+        save(out / "check.json", result)
+    return result
+
+
+def _check_files(job: CheckFiles, out: Path | None) -> dict:
     settings = CheckSettings(**job.margins)
     problems = []
     for path in (job.reference, *job.levels):
@@ -100,8 +111,6 @@ def check_files(job: CheckFiles, out: Path | None = None) -> dict:
     if job.cache:
         name = result["recommended"]["level"]
         result["cache"] = {"file": str(files[name]), "rows": cache_probe(files[name], next(iter(sets.values()), samples))}
-    if out:
-        save(out / "check.json", result)
     return result
 
 

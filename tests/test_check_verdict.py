@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from tsugiki.evaluate.domain import Answer
+from tsugiki.intervals import ratio_intervals
 from tsugiki.quantize.verdict import (
     CheckSettings,
     _paired,
-    ratios,
     exact_difference,
     expanded,
     flips,
     judge,
+    ratios,
     recommend,
     verdict,
 )
@@ -150,3 +151,94 @@ def test_the_recommendation_is_the_smallest_that_passes_else_the_largest_undecid
     assert recommend(rows(F16="reference", Q08="pass", Q05="pass", Q04="degraded"))["level"] == "Q05"
     assert recommend(rows(F16="reference", Q08="inconclusive", Q05="inconclusive", Q04="degraded"))["level"] == "Q08"
     assert recommend(rows(F16="reference", Q08="degraded"))["level"] == "F16"
+
+
+# --- how often the verdict errs ---------------------------------------------------------------------------------
+
+
+def share_passed(draw, settings_, trials=300):
+    """Share of simulated levels, each exactly at the margin, whose interval lies inside it."""
+    passed = 0
+    for seed in range(trials):
+        low, high = draw(np.random.default_rng(seed))
+        passed += high < settings_.margin_nll if settings_.margin_nll < 1 else low > -settings_.margin_score
+    return passed / trials
+
+
+@pytest.mark.parametrize("documents", [10, 25, 100])
+def test_a_level_at_the_margin_passes_as_rarely_as_promised(documents):
+    # true cost: the margin; documents differ in length and in cost, tokens within them are alike
+    rule = replace(SETTINGS, resamples=500)
+
+    def draw(rng):
+        tokens = rng.integers(20, 60, documents).astype(float)
+        cost = rng.normal(rule.margin_nll, 0.02, documents) + rng.normal(0, 0.1 / np.sqrt(tokens))
+        return ratios((tokens * cost)[None], tokens, [str(i) for i in range(documents)], rule, rule.confidence)[0]
+
+    # promised 2.5 %; 300 trials see at most 5.7 % of it in 999 of 1,000 cases
+    assert share_passed(draw, rule) <= binom.ppf(0.999, 300, 0.025) / 300
+
+
+def test_a_plain_percentile_interval_would_not_keep_the_promise():
+    rng, covered = np.random.default_rng(0), [0, 0]
+    for _ in range(400):
+        x, names = rng.normal(size=(1, 10)), [str(i) for i in range(10)]
+        for i, confidence in enumerate((0.95, expanded(0.95, 10))):
+            low, high = ratio_intervals(x, np.ones(10), names, confidence=confidence, resamples=500)[0]
+            covered[i] += low < 0 < high
+    assert covered[0] / 400 < 0.925 <= covered[1] / 400
+
+
+@pytest.mark.parametrize(("number", "documents", "right"), [(120, 120, 0.0), (300, 150, 0.0), (300, 300, 0.02), (600, 60, 0.01)])
+def test_answers_at_the_margin_pass_as_rarely_as_promised(number, documents, right):
+    # each answer turns wrong or right by chance, three in a hundred more wrong than right
+    rule = replace(SETTINGS, resamples=500, margin_nll=1.0)
+    names = [str(i % documents) for i in range(number)]
+
+    def draw(rng):
+        u = rng.random(number)
+        differences = np.where(u < rule.margin_score + right, -1.0, np.where(u > 1 - right, 1.0, 0.0))
+        return _paired(differences, names, rule, rule.confidence)
+
+    assert share_passed(draw, rule) <= binom.ppf(0.999, 300, 0.025) / 300
+
+
+def test_without_a_flip_the_interval_is_the_exact_one():
+    assert exact_difference(0, 0, 300, 0.95) == pytest.approx((-(1 - 0.025 ** (1 / 300)), 1 - 0.025 ** (1 / 300)))
+
+
+def test_flips_of_one_kind_only_have_clopper_and_pearsons_limit():
+    # 3 of 100 lost: the exact 95 % limits of 3 %, as printed in tables, are 0.62 % and 8.52 %
+    low, high = exact_difference(0.03, 0, 100, 0.95)
+    assert low == pytest.approx(-0.0852, abs=5e-5)
+    assert high == pytest.approx(-0.03 + np.hypot(0.0362, 0.03 - 0.0062), abs=1e-4)
+
+
+def test_flips_are_counted_both_ways_with_mcnemars_exact_p():
+    def answers(texts):
+        return [Answer(str(i), str(i), "", t, "右", float(t == "右"), "stop", 0.1) for i, t in enumerate(texts)]
+
+    before, after = answers("右右右右右右左左左"), answers("左左左左左右右左中")
+    # 5 lost and 1 won of 6: two-sided 2 · (1 + 6) / 64
+    assert flips(before, after) == {"to_wrong": 5, "to_right": 1, "p": pytest.approx(14 / 64)}
+
+
+def test_few_flips_in_few_documents_count_as_few():
+    alike = np.zeros(400)
+    alone = _paired(alike, [str(i) for i in range(400)], SETTINGS, 0.95)
+    together = _paired(alike, [str(i % 40) for i in range(400)], SETTINGS, 0.95)
+    assert alone[0] == pytest.approx(-0.0092, abs=1e-4) and together[0] == pytest.approx(-0.0881, abs=1e-4)
+
+
+def test_the_pick_of_many_levels_says_whether_it_holds_for_all(judged):
+    sure = judged(0.002, 0.0, noise=0.01)
+    assert sure["recommended"]["jointly"] == sure["levels"][1]["jointly"] == "pass"
+    assert "judged together" in sure["recommended"]["why"]["en"]
+
+
+def test_plain_text_is_judged_by_its_nll_alone():
+    samples, tokens, _ = synthetic(0.002, 0.0, noise=0.01)
+    files = {"F16": Path(__file__), "Q4_K_M": Path(__file__)}
+    level = judge(samples, files, tokens, None, SETTINGS)["levels"][1]
+    assert level["verdict"] == "pass" and "score" not in level and level["why"]["en"].endswith("the interval lies inside the margin.")
+    assert judge(samples, files, tokens | {"nll": tokens["nll"] + [[0], [1]]}, None, SETTINGS)["levels"][1]["verdict"] == "degraded"
