@@ -233,16 +233,16 @@ def judge_answers(
     verdicts = _read_verdicts(out / "verdicts.jsonl")
     missing = list({r["key"]: r for rows in asked.values() for r in rows if r["key"] not in verdicts}.values())
     total = sum(map(len, asked.values()))
-    say(f"{total:,} verdicts, {total - len(missing):,} of them there already")
+    say(f"{total:,} verdicts, {len(missing):,} to ask for")
     if missing:
         estimate = estimate_cost(missing, rubric, prices)
         if not judge.local:
-            say(estimate["sentence"])
             if not agreed:
                 raise UserError(
                     f"{len(missing):,} requests would go to {urlsplit(judge.endpoint).hostname}. {estimate['sentence']}",
                     hint="Agree with --yes" + ("" if prices else "; --price-in and --price-out (of a million tokens) give the cost") + ".",
                 )
+            say(estimate["sentence"])
         out.mkdir(parents=True, exist_ok=True)
         with (out / "verdicts.jsonl").open("a", encoding="utf-8") as file, progress() as bar:
             task = bar.add_task("judge", total=len(missing), note="")
@@ -384,6 +384,7 @@ def chat_replies(engine, chats: Sequence[list[dict[str, str]]], max_new_tokens: 
         ``{"text", "finished", "read", "written"}`` each; ``finished`` is ``stop``, ``length`` or ``context``. A
         conversation that leaves no room in the context has an empty text and ``finished`` ``context``.
     """
+    chats = [[{**m, "content": _plain(engine, m["content"])} for m in chat] for chat in chats]
     prompts = [engine.tokenize(_render(engine, chat), special=True) for chat in chats]
     fits = [i for i, p in enumerate(prompts) if len(p) < engine.context]
     stops = {t for t in (engine.eot, engine.eos) if t >= 0}
@@ -394,6 +395,13 @@ def chat_replies(engine, chats: Sequence[list[dict[str, str]]], max_new_tokens: 
     for i, g in zip(fits, made, strict=True):
         replies[i] = {"text": engine.detokenize(g.ids), "finished": g.finished, "read": len(prompts[i]), "written": len(g.ids)}
     return replies
+
+
+def _plain(engine, text: str) -> str:
+    """A text in which no special token is written: an answer that holds one must not end the conversation about it."""
+    if engine.tokenize(text, special=True) == engine.tokenize(text, special=False):
+        return text
+    return text.replace("<", "<\u200b").replace("[", "[\u200b")  # a zero-width space
 
 
 def _render(engine, messages: list[dict[str, str]]) -> str:
