@@ -89,8 +89,8 @@ def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]],
         for group, members in texts.items():
             count = {"texts": 0, "identical": 0, "unknown": 0, "unexplained": 0}
             kept = 0
-            for text in members:
-                expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+            members = list(members)
+            for text, expected in zip(members, _hf_ids(tokenizer, members), strict=True):
                 found = gguf_ids(text) if text else []
                 unknown = unknown_id is not None and found.count(unknown_id) > expected.count(unknown_id)
                 count["texts"] += 1
@@ -113,6 +113,11 @@ def parity(gguf_path: Path | str, tokenizer, texts: Mapping[str, Iterable[str]],
         unknown=sum(g["unknown"] for g in groups.values()),
         groups=groups, differences=differences, template=stored == tokenizer.chat_template, bos=bos,
     )
+
+
+def _hf_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """All texts at once: one by one costs ten times as much."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def _reason(tokenizer, gguf_ids, text: str, expected: list[int], found: list[int]) -> str:
