@@ -212,8 +212,9 @@ def loglikelihood(
     cuts = [_cut(engine, f"request {i}", len(c) + len(a) - 1, len(c), engine.context, truncate)
             for i, (c, a) in enumerate(requests)]
     paths = [[*context[cut:], *answer[:-1]] for (context, answer), cut in zip(requests, cuts, strict=True)]
-    engine.check_ids([(f"request {i}", [*path, request[1][-1]]) for i, (path, request)
-                      in enumerate(zip(paths, requests, strict=True))])
+    for i, (path, (_, answer)) in enumerate(zip(paths, requests, strict=True)):
+        engine.check_ids(f"request {i}", path)
+        engine.check_ids(f"request {i}", answer[-1:])
     root, leaves = prefix_tree(paths, share=share and not engine.separate)
     marks: dict[Node, dict[int, list[tuple[int, int, bool]]]] = {}
     for i, (node, (_, answer)) in enumerate(zip(leaves, requests, strict=True)):
@@ -316,7 +317,8 @@ def generate(
     cuts = [_cut(engine, f"prompt {i}", len(p) + (limit if truncate == "left" else 1), len(p), engine.context, truncate)
             for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))]
     paths = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
-    engine.check_ids([(f"prompt {i}", path) for i, path in enumerate(paths)])
+    for i, path in enumerate(paths):
+        engine.check_ids(f"prompt {i}", path)
     stops = frozenset(stop_ids)
     enders = [_Ender(engine, stops, strings) for strings in _per_prompt(stop_strings, n)]
     extra = [min(limit - 1, engine.context - len(path)) for limit, path in zip(limits, paths, strict=True)]

@@ -325,22 +325,24 @@ class Engine:
 
     _decode = decode
 
-    def check_ids(self, what: Sequence[tuple[str, list[int]]]) -> None:
-        """Refuse ids outside the vocabulary and sequences longer than the context."""
-        for name, ids in what:
-            if len(ids) > self.context:
-                raise UserError(
-                    f"{name} has {len(ids)} tokens; the context holds {self.context}",
-                    where=str(self.path),
-                    hint="Raise n_ctx where the model allows it, or drop over-long samples.",
-                )
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-                wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-                raise UserError(
-                    f"{name} holds the id {wrong}; the vocabulary has {self.vocab_size}",
-                    where=str(self.path),
-                    hint="The ids come from another tokenizer: encode the samples with this model's own.",
-                )
+    def check_length(self, name: str, tokens: int) -> None:
+        """Refuse a sequence longer than the context."""
+        if tokens > self.context:
+            raise UserError(
+                f"{name} has {tokens} tokens; the context holds {self.context}",
+                where=str(self.path),
+                hint="Raise n_ctx where the model allows it, or drop over-long samples.",
+            )
+
+    def check_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Refuse ids outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise UserError(
+                f"{name} holds the id {wrong}; the vocabulary has {self.vocab_size}",
+                where=str(self.path),
+                hint="The ids come from another tokenizer: encode the samples with this model's own.",
+            )
 
     # --- likelihoods --------------------------------------------------------------------------------------------
 
@@ -360,7 +362,8 @@ class Engine:
             if not s.prompt_ids or not s.completion_ids:
                 raise UserError(f"sample {s.id!r} has {len(s.prompt_ids)} prompt and {len(s.completion_ids)} "
                                 "completion tokens; each needs at least 1")
-        self.check_ids([(f"sample {s.id!r}", s.ids) for s in samples])
+            self.check_length(f"sample {s.id!r}", len(s.ids))
+            self.check_ids(f"sample {s.id!r}", s.ids)
         longest = max((len(s.ids) for s in samples), default=1)
         self.reserve(longest, max(longest, BATCH))
         for group in self._groups(samples):
@@ -519,7 +522,8 @@ class Engine:
         """
         if not prompt:
             raise UserError("the prompt is empty")
-        self.check_ids([("the prompt", [*prompt, 0])])
+        self.check_length("the prompt", len(prompt) + 1)
+        self.check_ids("the prompt", prompt)
         self.reserve(min(len(prompt) + max_new_tokens, self.context))
         self.clear()
         stops, rng = frozenset(stop_ids), np.random.default_rng((seed, 0))
