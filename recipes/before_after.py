@@ -79,8 +79,8 @@ def before_after(
     Returns:
         ``scoring`` and ``answering`` (how the test was answered); ``rows``, one for each model and kind of test item (``task`` is ``domain`` or ``domain/kind``) and
         for each model and benchmark (with ``family``); ``changes``, paired differences of the adapted model against the
-        base and of each level against the adapted model (:func:`tsugiki.evaluate.paired.compare_items`; of levels on
-        the domain's test those of the check stage); ``not_measured`` with the reasons; ``examples``, a few questions
+        base and, on benchmarks, of each level against the adapted model (:func:`tsugiki.evaluate.paired.compare_items`; on
+        the domain's test the check stage has them); ``not_measured`` with the reasons; ``examples``, a few questions
         with every model's answer.
     """
     data = read_json(run_dir / "data" / "data.json")
@@ -107,7 +107,7 @@ def before_after(
     for model, found in answers.items():
         _write_answers(out / f"answers-{model}.jsonl", test, found)
     rows = [row for model, found in answers.items() for row in _rows(model, domain, found)]
-    changes = domain_changes(domain, answers, check)
+    changes = [domain_change(domain, answers)]
     missing: list[dict] = []
     if benchmarks and (benchmarks.tasks or benchmarks.suites):
         found = measure_benchmarks(run_dir, out / "benchmarks", benchmarks, data_dir=data_dir, tokenizer=tokenizer, results=results, say=say)
@@ -181,22 +181,13 @@ def _rows(model: str, domain: Domain, answers: list[Answer]) -> list[dict]:
 # --- what changed -------------------------------------------------------------------------------------------------
 
 
-def domain_changes(domain: Domain, answers: Mapping[str, Sequence[Answer]], check: Mapping[str, Any]) -> list[dict]:
-    """The domain's own test: adaptation from the answers here, each level from the check stage's paired differences."""
+def domain_change(domain: Domain, answers: Mapping[str, Sequence[Answer]]) -> dict:
+    """What adaptation changed on the domain's own test; what levels took there is the check stage's to say."""
     items = {model: [Item(a.id, a.document, a.score) for a in found] for model, found in answers.items()}
-    common = {"family": "domain", "task": domain.name, "metric": domain.scoring}
-    changes = [{**common, "from": "base", "to": "adapted", **compare_items(items["base"], items["adapted"])}]
-    reference = next((row for row in check["levels"] if row.get("verdict") == "reference"), None)
-    for row in check["levels"]:
-        if reference is None or row is reference or row.get("delta_score") is None:
-            continue
-        ci, difference = row.get("delta_score_ci"), row["delta_score"]
-        changes.append({
-            **common, "from": "adapted", "to": row["level"], "n": check.get("samples"), "documents": check.get("documents"),
-            "before": reference["score"], "after": row["score"], "difference": difference, "ci": list(ci) if ci else None,
-            "change": "open" if ci is None or ci[0] <= 0 <= ci[1] else "gained" if difference > 0 else "lost",
-        })  # fmt: skip
-    return changes
+    return {
+        "family": "domain", "task": domain.name, "metric": domain.scoring, "from": "base", "to": "adapted",
+        **compare_items(items["base"], items["adapted"]),
+    }  # fmt: skip
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def evaluate_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "test.jsonl"),
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf", "base-F16.gguf"),
         "levels": stage_hash(run.folder / "levels", *(f"model-{name}.gguf" for name in run.settings.levels)),
-        "check": [level, stage_hash(run.folder / "check", "check.json")],
+        "recommended": level,
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
         "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
         "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",

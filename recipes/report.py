@@ -20,7 +20,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from tsugiki.artifacts import read_json, write_text
-from tsugiki.recipes.summary import STAGES, level_rows, read_stages, run_name
+from tsugiki.recipes.summary import STAGES, level_changes, level_rows, read_stages, run_name
 
 Text = dict[str, str]
 
@@ -207,7 +207,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "level_items": _items(check),
         "task_count": len(scores),
         "base_score": _base_score(evaluated),
-        "gains": _gains(evaluated, check, {"ja": title.get("ja") or domain, "en": title.get("en") or domain}),
+        "gains": _gains(evaluated, check, domain, {"ja": title.get("ja") or domain, "en": title.get("en") or domain}),
         "models": {"base": ("元のモデル", "Base"), "adapted": ("適応後", "Adapted")},
         "kind_names": KIND_NAMES,
         "stage_names": STAGE_NAMES,
@@ -268,7 +268,7 @@ def _own(evaluated: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in evaluated.get("rows", []) if not row.get("family")]
 
 
-def _gains(evaluated: dict[str, Any], check: dict[str, Any], title: Text) -> dict[str, Any]:
+def _gains(evaluated: dict[str, Any], check: dict[str, Any], domain: str, title: Text) -> dict[str, Any]:
     """What adaptation gained, what was forgotten and what quantization took, task by task.
 
     Returns:
@@ -278,9 +278,9 @@ def _gains(evaluated: dict[str, Any], check: dict[str, Any], title: Text) -> dic
         something can be seen), ``level``, ``models`` and ``not_measured``. Empty where
         nothing was compared.
     """
-    steps = evaluated.get("changes") or []
-    if not steps:
+    if not evaluated.get("changes"):
         return {}
+    steps = [*evaluated["changes"], *level_changes(check, domain, evaluated.get("scoring", "score"))]
     level = (check.get("recommended") or {}).get("level")
     families = list(FAMILY_NAMES)
     groups: dict[tuple[str, str], dict[str, Any]] = {}

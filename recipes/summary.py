@@ -227,6 +227,26 @@ def _level_scores(stages: dict[str, Any], domain: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def level_changes(check: dict[str, Any], domain: str, scoring: str) -> list[dict[str, Any]]:
+    """What each level took on the domain's test against the adapted model in F16: the check's own paired differences.
+
+    Rows like those of ``changes`` in ``evaluate.json`` (:func:`tsugiki.recipes.before_after.before_after`).
+    """
+    rows = [row for row in check.get("levels", []) if row.get("score") is not None]
+    reference = next((row for row in rows if row.get("verdict") == "reference"), None)
+    changes = []
+    for row in rows:
+        difference, ci = row.get("delta_score"), row.get("delta_score_ci")
+        if reference is not None and row is not reference and difference is not None:
+            changes.append({
+                "family": "domain", "task": domain, "metric": scoring, "from": "adapted", "to": row["level"],
+                "n": check.get("items", check.get("samples")), "documents": check.get("documents"), "before": reference["score"],
+                "after": row["score"], "difference": difference, "ci": list(ci) if ci else None,
+                "change": "open" if not ci or ci[0] <= 0 <= ci[1] else "gained" if difference > 0 else "lost",
+            })  # fmt: skip
+    return changes
+
+
 def validate_summary(summary: Any) -> list[str]:
     """Every way in which ``summary`` departs from :data:`SCHEMA`, each with its path; an empty list when none."""
     return _problems(summary, SCHEMA, "")

@@ -84,8 +84,6 @@ def stage_files() -> dict[str, dict[str, Any]]:
                          "stderr": math.sqrt(value * (1 - value) / n), "n": n, "unparsed": 0.0, "truncated": 0.0})  # fmt: skip
     changes = [
         _change("domain", "setsubi", "base", "adapted", 0.003, 0.673, [0.62, 0.72], 360, "gained"),
-        _change("domain", "setsubi", "adapted", "Q4_K_M", 0.712, 0.704, [-0.02, 0.004], 240, "open"),
-        _change("domain", "setsubi", "adapted", "Q3_K_M", 0.712, 0.613, [-0.13, -0.07], 240, "lost"),
         _change("culture", "niilc[:50]", "base", "adapted", 0.21, 0.12, [-0.15, -0.03], 50, "lost", name="tsugiki_niilc"),
         _change("culture", "niilc[:50]", "adapted", "Q4_K_M", 0.12, 0.13, None, 50, "open", name="tsugiki_niilc"),
         _change("neutral", "mgsm_ja[:50]", "base", "adapted", 0.0, 0.0, [-0.07, 0.07], 50, "open", name="tsugiki_mgsm"),

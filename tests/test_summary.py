@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tsugiki.errors import UserError
-from tsugiki.recipes.summary import build_summary, validate_summary
+from tsugiki.recipes.summary import build_summary, level_changes, validate_summary
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]
@@ -138,3 +138,17 @@ def test_benchmarks_hold_base_adapted_and_every_level_side_by_side(tmp_path):
     assert domain["Q4_K_M"]["value"] == checked["Q4_K_M"]["score"]
     assert domain["Q4_K_M"]["n"] == stages["check"]["samples"]
     assert {r["model"]: r["unparsed"] for r in rows if r["task"] == "niilc[:50]"} == {"base": 0.1, "adapted": 0.1, "Q4_K_M": 0.1}
+
+
+def test_what_levels_took_is_the_checks_own_paired_difference():
+    rows = [
+        {"level": "F16", "score": 0.5, "verdict": "reference", "delta_score": 0.0},
+        {"level": "Q4_K_M", "score": 0.4, "delta_score": -0.1, "delta_score_ci": [-0.2, -0.05], "verdict": "degraded"},
+        {"level": "Q8_0", "score": 0.5, "delta_score": 0.0, "delta_score_ci": None, "verdict": "inconclusive"},
+        {"level": "Q6_K", "score": None, "verdict": "pass"},  # windows of text: nothing was answered
+    ]
+    found = level_changes({"samples": 20, "documents": 10, "levels": rows}, "setsubi", "exact_match")
+    assert [(c["to"], c["before"], c["after"], c["difference"], c["ci"], c["change"]) for c in found] == [
+        ("Q4_K_M", 0.5, 0.4, -0.1, [-0.2, -0.05], "lost"), ("Q8_0", 0.5, 0.5, 0.0, None, "open"),
+    ]  # fmt: skip
+    assert level_changes({"levels": rows[1:]}, "setsubi", "exact_match") == []
