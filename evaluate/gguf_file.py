@@ -13,6 +13,7 @@ from tsugiki.errors import UserError
 # Limits of a header that makes sense. Beyond the second and third ggml itself refuses (GGML_MAX_DIMS, GGML_MAX_NAME).
 _MOST_PAIRS, _MOST_DIMENSIONS, _LONGEST_NAME = 1 << 16, 4, 64
 _MOST_TENSORS = 1 << 20
+_MOST_ELEMENTS = 1 << 22  # strings and arrays in all arrays: the largest vocabularies have 10^6 entries and merges
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's plain value types
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
@@ -22,6 +23,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at, self.size = data, 0, len(data)
+        self.elements = 0
 
     def skip(self, n: int) -> int:
         start, self.at = self.at, self.at + n
@@ -47,8 +49,11 @@ class _Reader:
             if inner in _SIZES:
                 self.skip(n * _SIZES[inner])
             else:
-                if n > self.size - self.at:  # an element has at least 8 bytes: do not begin to count to 2^64
+                if 8 * n > self.size - self.at:  # an element has at least 8 bytes: do not begin to count to 2^64
                     raise EOFError
+                self.elements += n
+                if self.elements > _MOST_ELEMENTS:
+                    raise ValueError(f"arrays of more than {_MOST_ELEMENTS:,} elements")
                 for _ in range(n):
                     self.value(inner, depth + 1)
         elif kind == _UINT32:
