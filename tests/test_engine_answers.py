@@ -168,9 +168,8 @@ def test_an_interrupted_run_repeats_no_finished_request(path, tmp_path, engine, 
     requests = [(p, rng.integers(300, 6000, 2).tolist()) for p in prompts for _ in range(3)]
     expected = engine.loglikelihood(requests)
     store = tmp_path / "cache" / "requests.sqlite"
-    with Engine(path, n_threads=1, n_ctx=256, n_seq_max=1) as other:
-        with pytest.raises(Interrupted):
-            cached_loglikelihood(other, requests, cache=store, on_result=after(7))
+    with Engine(path, n_threads=1, n_ctx=256, n_seq_max=1) as other, pytest.raises(Interrupted):
+        cached_loglikelihood(other, requests, cache=store, on_result=after(7))
     with Engine(path, n_threads=1, n_ctx=256, n_seq_max=1) as other:
         computed = []
         plain = other.loglikelihood
@@ -217,7 +216,7 @@ def test_another_model_or_setting_has_results_of_its_own(path, tmp_path, engine,
 def test_a_file_that_is_no_cache_is_refused_by_name(tmp_path, engine, prompts):
     store = tmp_path / "requests.sqlite"
     store.write_bytes(b"not a database, but long enough to be taken for one" * 40)
-    with pytest.raises(UserError, match="requests.sqlite"):
+    with pytest.raises(UserError, match=r"requests\.sqlite"):
         cached_loglikelihood(engine, [(prompts[0], [400])], cache=store)
     with pytest.raises(sqlite3.Error):
         sqlite3.connect(store).execute("SELECT 1 FROM results")

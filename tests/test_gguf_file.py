@@ -30,8 +30,9 @@ def tensor(name=b"a.weight", shape=(32, 4), kind=0, offset=0) -> bytes:
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
-def build(pairs=(), tensors=(tensor(),), counts=None, data=b"\0" * 512) -> bytes:
+def build(pairs=(), tensors=None, counts=None, data=b"\0" * 512) -> bytes:
     """A GGUF of version 3 (the layout of ggml's gguf.md)."""
+    tensors = [tensor()] if tensors is None else tensors
     n_tensors, n_pairs = counts or (len(tensors), len(pairs))
     head = b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs) + b"".join(pairs) + b"".join(tensors)
     return head + b"\0" * (-len(head) % 32) + data
