@@ -11,9 +11,7 @@ import numpy as np
 
 from tsugiki.artifacts import read_jsonl, write_jsonl
 from tsugiki.errors import UserError
-from tsugiki.intervals import clustered_stderr, ratio_intervals, widen
-
-FEW = 10  # differing items below which a bootstrap of them is too narrow
+from tsugiki.intervals import clustered_stderr, paired_interval
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ def compare_items(
 
     Returns:
         ``n``, ``documents``, ``before`` and ``after`` (mean scores), ``difference`` (after − before), ``ci`` of it
-        (``None`` for fewer than 10 documents; where fewer than 10 items differ, no narrower than what so many equal ones
-        can prove), ``better`` and ``worse`` (items whose score rose or fell), ``change``: ``gained`` or ``lost`` where the interval lies on one
+        (:func:`tsugiki.intervals.paired_interval`), ``better`` and ``worse`` (items whose score rose or fell), ``change``: ``gained`` or ``lost`` where the interval lies on one
         side of zero, else ``open``.
 
     Raises:
@@ -93,10 +90,8 @@ def compare_items(
     old, new = (np.array([side[i].score for i in ids]) for side in (first, second))
     documents = [first[i].document for i in ids]
     difference = new - old
-    ci = ratio_intervals(difference[None], np.ones(len(ids)), documents, confidence=confidence, resamples=resamples, seed=seed)[0]
     mean = float(difference.mean())
-    if np.count_nonzero(difference) < FEW:
-        ci = widen(ci, mean, len(set(documents)), span=span, confidence=confidence)
+    ci = paired_interval(difference, documents, span=span, confidence=confidence, resamples=resamples, seed=seed)
     change = "open" if ci is None or ci[0] <= 0 <= ci[1] else "gained" if mean > 0 else "lost"
     return {
         "n": len(ids), "documents": len(set(documents)), "before": float(old.mean()), "after": float(new.mean()), "difference": mean,

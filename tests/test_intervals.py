@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest, ttest_1samp
 
-from tsugiki.intervals import cluster_weights, ratio_intervals, resampled_ratios, widen
+from tsugiki.intervals import cluster_weights, paired_interval, ratio_intervals, resampled_ratios
 
 
 def test_every_resample_draws_as_many_clusters_as_there_are():
@@ -71,10 +72,41 @@ def test_the_95_percent_interval_of_a_paired_difference_covers_the_truth_about_9
 
 
 def test_equal_values_prove_no_more_than_their_number_allows():
-    """No difference in 30 answers: 95 % sure only of less than 11.6 points (scipy.stats.binomtest(0, 30), exact)."""
-    from scipy.stats import binomtest
-
-    low, high = widen((0.0, 0.0), 0.0, 30)
+    """No difference in 30 answers: 95 % sure only of less than 11.6 points (scipy's exact binomial test)."""
+    low, high = paired_interval(np.zeros(30), np.arange(30))
     assert high == -low == pytest.approx(binomtest(0, 30).proportion_ci(0.95).high)
-    assert widen((-0.4, 0.4), 0.0, 30) == (-0.4, 0.4)
-    assert widen(None, 0.0, 30) is None
+    assert paired_interval(np.zeros(30), np.arange(30) // 5) is None  # six documents
+
+
+def test_few_flips_have_the_exact_interval_and_clusters_count_as_one():
+    """Three answers of 100 lost and none won: Clopper and Pearson's limits of 3 in 100 and of 0 in 100, joined by squares."""
+    lost = np.r_[-np.ones(3), np.zeros(97)]
+    low, high = paired_interval(lost, np.arange(100))
+    three, none = binomtest(3, 100).proportion_ci(0.95), binomtest(0, 100).proportion_ci(0.95)
+    assert low <= -0.03 - (three.high - 0.03) + 1e-9
+    assert high >= -0.03 + math.hypot(none.high, 0.03 - three.low) - 1e-9
+    pairs = paired_interval(lost, np.arange(100) // 2)
+    assert pairs[1] - pairs[0] > high - low
+
+
+def test_many_differences_have_students_interval():
+    x = np.random.default_rng(5).normal(0.2, 0.3, 40)
+    expected = ttest_1samp(x, 0).confidence_interval(0.95)
+    assert paired_interval(x, np.arange(40), resamples=8000) == pytest.approx((expected.low, expected.high), abs=0.012)
+
+
+def test_a_wider_scale_only_scales():
+    x = np.random.default_rng(6).integers(-3, 4, 50) / 3
+    narrow = paired_interval(x, np.arange(50))
+    assert paired_interval(3 * x, np.arange(50), span=3) == pytest.approx([3 * v for v in narrow])
+
+
+@pytest.mark.parametrize(("number", "confidence"), [(10, 0.95), (40, 0.95), (30, 0.9)])
+def test_the_expanded_interval_covers_a_normal_mean_of_few_clusters(number, confidence):
+    rng = np.random.default_rng(number)
+    inside = 0
+    for trial in range(200):
+        x = rng.normal(0, 0.2, number)
+        low, high = paired_interval(x, np.arange(number), confidence=confidence, resamples=500, seed=trial)
+        inside += low <= 0 <= high
+    assert inside / 200 == pytest.approx(confidence, abs=0.05)
