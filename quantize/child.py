@@ -60,8 +60,17 @@ def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dic
     return result
 
 
+_channel = None  # where the child speaks; sys.stdout until serve
+
+
 def serve(task: Callable[[dict], dict]) -> None:
-    """The child's side of :func:`run_child`."""
+    """The child's side of :func:`run_child`.
+
+    What libraries print (HiGHS, llama.cpp) goes to standard error, so that it cannot mix with the messages.
+    """
+    global _channel
+    _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     try:
         say(result=task(json.load(sys.stdin)))
     except UserError as error:
@@ -70,5 +79,6 @@ def serve(task: Callable[[dict], dict]) -> None:
 
 def say(**message) -> None:
     """Send one message to the parent."""
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    channel = _channel or sys.stdout
+    channel.write(json.dumps(message) + "\n")
+    channel.flush()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from tsugiki.artifacts import atomic_path, digest
 from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine, check_gguf
-from tsugiki.intervals import ratio_intervals
+from tsugiki.intervals import MIN_CLUSTERS, ratio_intervals, resampled_ratios
 from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
 from tsugiki.quantize.imatrix import read_imatrix, read_source
@@ -41,7 +41,8 @@ from tsugiki.quantize.sensitivity import (
 KINDS = ("IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 NARROW = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for rows that do not divide by 256
 MARGIN = 0.05  # nats/token that the smallest file may lose: the check's margin_nll
-STEPS = 6  # halvings of the size's range in the search for the smallest file
+BELOW = 1.7  # a type so many bits below the budget's mean is not considered: never chosen in trials, and slow to compute
+SIZES = 12  # between the smallest types and Q8_0, of which the smallest file is sought
 
 
 # --- the integer program ------------------------------------------------------------------------------------------
@@ -98,14 +99,15 @@ class RepairSettings:
     Attributes:
         tokens: scored calibration tokens of one pass.
         held_tokens: scored held-out tokens.
-        rounds: rounds of measurement around the choice; each costs a pass for every group.
+        rounds: rounds of measurement around the choice, each a pass for every group. None by default: on the bundled bases one
+            round took the reduction from 51.3 to 51.7 %.
         blocks: runs of layers that large models are grouped in (:func:`tsugiki.quantize.sensitivity.groups_of`).
         margin: nats/token that the smallest file may lose (upper end of the 95 % interval).
     """
 
     tokens: int = 4096
     held_tokens: int = 16_384
-    rounds: int = 1
+    rounds: int = 0
     blocks: int | None = None
     margin: float = MARGIN
     n_threads: int | None = None
@@ -234,49 +236,60 @@ def repair(
             made = make_level(f16, base_level, stock, imatrix=imatrix, n_threads=settings.n_threads)
             fixed = sum(padded_bytes(shapes[n], gguf.GGMLQuantizationType[k]) for n, k in stock_types.items())
             head = made.bytes - fixed  # everything but the matrices: it does not change
-            tensors = _budget_bytes(budget, made.bytes, head, made.parameters, f16.stat().st_size)
+            # F32 tensors and the like, which have bits but no choice
+            others = made.bpw * made.parameters / 8 - fixed
+            tensors = _budget_bytes(budget, fixed, others, made.parameters)
             task = bar.add_task("repair", total=None, note="passes")
-            plans = run_child("tsugiki.quantize.repair", job | {"budgets": _series(kind, tensors, shapes, imatrix)}, name="repair",
-                              on_message=lambda m: bar.update(task, completed=m["done"], total=m["of"]))
-            files = []
-            for number, choice in enumerate(plans["plans"]):
+
+            def show(message: dict) -> None:
+                bar.update(task, completed=message["done"], total=message["of"])
+
+            def make(number: int, choice: Mapping) -> Path:
                 path = folder / f"{number}.gguf"
-                overrides = choice["types"]
-                size = make_level(f16, base_level, path, imatrix=imatrix, overrides=overrides, n_threads=settings.n_threads).bytes
+                size = make_level(f16, base_level, path, imatrix=imatrix, overrides=choice["types"], n_threads=settings.n_threads).bytes
                 if size != head + choice["bytes"]:
                     raise AssertionError(f"{path.name} has {size} bytes, {head + choice['bytes']} were planned")
-                files.append(path)
-            bar.update(task, note="held-out")
-            found = run_child(
-                "tsugiki.quantize.repair",
-                {"measure": [str(p) for p in (stock, *files)], "path": str(f16), "samples": str(heldout), "calib": str(calib),
-                 "tokens": settings.held_tokens, "calib_tokens": settings.tokens, "threads": settings.n_threads},
-                name="held-out samples", on_message=lambda m: bar.update(task, completed=m["done"], total=m["of"]),
-            )
-            judged = judge([stock, *files], found, margin=settings.margin, smallest=kind == "smallest")
-            picked = judged["picked"]
-            shutil.move((stock, *files)[picked], temporary)
+                return path
+
+            def held(*files: Path) -> dict:
+                bar.update(task, note="held-out")
+                return run_child("tsugiki.quantize.repair", {
+                    "measure": [str(p) for p in files], "path": str(f16), "samples": str(heldout), "calib": str(calib),
+                    "tokens": settings.held_tokens, "calib_tokens": settings.tokens, "threads": settings.n_threads,
+                }, name="held-out samples", on_message=show)
+
+            plans = run_child("tsugiki.quantize.repair", job | {"budgets": _series(kind, tensors, shapes, imatrix)}, name="repair", on_message=show)
+            if kind == "smallest":
+                choice, best, found = smallest(plans["plans"], stock, make, held, settings.margin)
+                picked = 1
+            else:
+                choice = plans["plans"][0]
+                best = make(0, choice)
+                found = held(stock, best)
+                picked = better(found)
+            numbers = compare(found, picked)
+            shutil.move(best if picked else stock, temporary)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         inside = read_types(temporary)
-    choice = plans["plans"][picked - 1] if picked else {"types": {}, "predicted": plans["stock_predicted"], "simulated": plans["stock_simulated"]}
+    if not picked:
+        choice = {"types": {}, "predicted": plans["stock_predicted"], "simulated": plans["stock_simulated"]}
     types = stock_types | choice["types"]
     return RepairResult(
         path=str(out), base_level=base_level, budget=budget, budget_bytes=head + tensors, bytes=inside.bytes,
         stock_bytes=made.bytes, bpw=inside.bpw, stock_bpw=made.bpw, kept="repaired" if picked else "stock",
-        **judged["numbers"], predicted=choice["predicted"], simulated=choice["simulated"], stock_simulated=plans["stock_simulated"],
+        **numbers, predicted=choice["predicted"], simulated=choice["simulated"], stock_simulated=plans["stock_simulated"],
         groups=plans["groups"], passes=plans["passes"], tokens=plans["tokens"], held_tokens=found["scored"],
         seconds=round(time.monotonic() - started, 2), types=types,
         changed={n: [stock_types[n], k] for n, k in types.items() if k != stock_types[n]},
-        why=_why(judged["numbers"], base_level, inside.bytes, made.bytes, picked, budget),
+        why=_why(numbers, base_level, inside.bytes, made.bytes, picked, budget),
     )
 
 
-def _budget_bytes(budget: str, stock: int, head: int, parameters: int, f16: int) -> int:
-    """Bytes that the matrices may have."""
+def _budget_bytes(budget: str, stock: int, others: float, parameters: int) -> int:
+    """Bytes that the matrices may have, where stock's have ``stock`` and all other tensors ``others``."""
     kind, value = parse_budget(budget)
-    total = {"same": stock, "smallest": f16, "mb": stock + value * 1e6, "bpw": head + value * parameters / 8}[kind]
-    return int(total) - head
+    return int({"same": stock, "smallest": 0, "mb": stock + value * 1e6, "bpw": value * parameters / 8 - others}[kind])
 
 
 def _series(kind: str, most: int, shapes: Mapping[str, Sequence[int]], imatrix) -> list[int]:
@@ -287,7 +300,7 @@ def _series(kind: str, most: int, shapes: Mapping[str, Sequence[int]], imatrix) 
     for index in (0, -1):
         kinds = {n: _kinds(n, s, "", bool(imatrix))[index] for n, s in shapes.items()}
         ends.append(sum(padded_bytes(shapes[n], gguf.GGMLQuantizationType[k]) for n, k in kinds.items()))
-    return [int(b) for b in np.geomspace(ends[0] + 64 * len(shapes), ends[1], 2 * STEPS)]
+    return [int(b) for b in np.geomspace(ends[0] + 64 * len(shapes), ends[1], SIZES)]
 
 
 def _kinds(name: str, shape: Sequence[int], level: str, important: bool, least: float = 0.0) -> list[str]:
@@ -378,8 +391,7 @@ def _choose(groups: Sequence[Group], slopes: Sequence[float], shapes: Mapping[st
     costs = np.full((len(groups), len(kinds)), np.inf)
     sizes = np.zeros((len(groups), len(kinds)), np.int64)
     for i, (group, slope) in enumerate(zip(groups, slopes, strict=True)):
-        # a type far below the budget's bits is never chosen, and the lowest are slow to compute
-        allowed = set.intersection(*(set(_kinds(n, shapes[n], level, n in importance, bits - 2)) for n in group.tensors))
+        allowed = set.intersection(*(set(_kinds(n, shapes[n], level, n in importance, bits - BELOW)) for n in group.tensors))
         for j, kind in enumerate(kinds):
             if kind in allowed:
                 costs[i, j] = slope * sum(errors(n, kind) for n in group.tensors)
@@ -405,49 +417,71 @@ def _measure(job: dict) -> dict:
 # --- the verdict --------------------------------------------------------------------------------------------------
 
 
-def judge(files: Sequence[Path], found: Mapping, *, margin: float, smallest: bool) -> dict:
-    """Which file to keep, by held-out samples.
+def better(found: Mapping) -> int:
+    """1 where the candidate's mean KL on held-out samples is below stock's, else 0: never worse.
 
     Args:
-        files: stock's first, then candidates.
-        found: ``kl`` ``(files, N)``, ``nll`` ``(1 + files, N)``, ``tokens`` ``(N,)``, ``documents``.
-        smallest: the smallest candidate whose NLL is shown to lose less than ``margin``; else the one of least KL, and
-            stock where that is not below stock's.
+        found: ``kl`` ``(2, N)``, summed over each sample's tokens, stock's first.
+    """
+    stock, own = (sum(row) for row in found["kl"])
+    return int(own < stock)
+
+
+def smallest(plans: Sequence[Mapping], stock: Path, make: Callable[[int, Mapping], Path], held: Callable[..., dict], margin: float):
+    """The smallest planned file that is shown to lose less than ``margin``, by halving: a larger file is taken to lose less.
+
+    Args:
+        plans: with their ``bytes``; ``make(number, plan)`` makes the file, ``held(*files)`` measures it.
 
     Returns:
-        ``picked``: index into ``files``; ``numbers``: fields of :class:`RepairResult`.
+        The plan, its file, and the measurements of stock and of the file together.
 
     Raises:
-        UserError: no file within the margin.
+        UserError: not even the largest is within the margin.
     """
-    kl, nll, tokens = (np.asarray(found[k], np.float64) for k in ("kl", "nll", "tokens"))
-    total = tokens.sum()
-    means = kl.sum(axis=1) / total
-    deltas = ratio_intervals(nll[1:] - nll[0], tokens, found["documents"])
-    if smallest:
-        fits = [i for i, ci in enumerate(deltas) if i and (ci[1] if ci else np.inf) <= margin]
-        if not fits:
-            few = deltas[0] is None
-            raise UserError(
-                "fewer than 10 held-out documents: no interval, so no file is shown to be good enough" if few else
-                f"no file loses less than {margin} nats/token on the held-out samples; the largest loses up to {deltas[-1][1]:.4f}",
-                hint="Give more held-out samples, or raise the margin.",
-            )
-        picked = min(fits, key=lambda i: Path(files[i]).stat().st_size)
-    else:
-        picked = int(means.argmin())
-    gain = ratio_intervals(np.stack([kl[picked], kl[0]]), tokens, found["documents"])
-    reduction_ci = None
-    if gain[0] is not None and picked:
-        from tsugiki.intervals import resampled_ratios
+    base, best, last = held(stock), None, None
+    plans = sorted(plans, key=lambda p: p["bytes"])
+    low, high = 0, len(plans)
+    while low < high:
+        middle = (low + high) // 2
+        path = make(middle, plans[middle])
+        last = held(path)
+        interval = _loss_interval(last, 0)
+        if interval is None:
+            raise UserError(f"{len(set(last['documents']))} held-out documents are too few for an interval", hint="Give at least 10.")
+        if interval[1] <= margin:
+            if best:
+                best[1].unlink()
+            best, high = (plans[middle], path, last), middle
+        else:
+            path.unlink()
+            low = middle + 1
+    if best is None:
+        raise UserError(f"no file loses less than {margin:g} nats/token on the held-out samples; the largest tried loses up to {interval[1]:.4f}",
+                        hint="Give more held-out samples, or raise the margin.")
+    plan, path, own = best
+    return plan, path, base | {"kl": base["kl"] + own["kl"], "nll": base["nll"] + own["nll"][1:]}
 
-        draws = resampled_ratios(np.stack([kl[picked], kl[0]]), tokens, found["documents"], resamples=2000, seed=0)
-        reduction_ci = tuple(float(x) for x in np.quantile(1 - draws[:, 0] / draws[:, 1], [0.025, 0.975]))
-    return {"picked": picked, "numbers": {
+
+def _loss_interval(found: Mapping, index: int) -> tuple[float, float] | None:
+    """95 % interval of a file's NLL above F16's, nats a token, documents drawn again."""
+    nll = np.asarray(found["nll"], np.float64)
+    return ratio_intervals((nll[1 + index] - nll[0])[None], np.asarray(found["tokens"]), found["documents"])[0]
+
+
+def compare(found: Mapping, picked: int) -> dict:
+    """Numbers of :class:`RepairResult` from the measurements of stock and the candidate, ``picked`` of the two kept."""
+    kl, nll, tokens = (np.asarray(found[k], np.float64) for k in ("kl", "nll", "tokens"))
+    total, interval = tokens.sum(), None
+    means = kl.sum(axis=1) / total
+    if picked and len(set(found["documents"])) >= MIN_CLUSTERS:
+        draws = resampled_ratios(kl, tokens, found["documents"], resamples=2000, seed=0)
+        interval = tuple(float(x) for x in np.quantile(1 - draws[:, 1] / draws[:, 0], [0.025, 0.975]))
+    return {
         "kl": float(means[picked]), "stock_kl": float(means[0]), "reduction": float(1 - means[picked] / means[0]) if means[0] else 0.0,
-        "reduction_ci": reduction_ci, "nll_f16": float(nll[0].sum() / total), "nll": float(nll[1 + picked].sum() / total),
-        "stock_nll": float(nll[1].sum() / total), "delta_ci": deltas[picked],
-    }}
+        "reduction_ci": interval, "nll_f16": float(nll[0].sum() / total), "nll": float(nll[1 + picked].sum() / total),
+        "stock_nll": float(nll[1].sum() / total), "delta_ci": _loss_interval(found, picked),
+    }
 
 
 def _why(numbers: Mapping, level: str, size: int, stock: int, picked: int, budget: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ from tsugiki.samples import EncodedSample, read_encoded
 MOST_LOGITS = 1 << 30  # bytes of the reference's float32 log-probabilities that are kept: 1,760 tokens of Qwen's 152,064
 SINGLE = 64  # matrices up to which each is a group of its own
 LOW, LOW_NARROW = "Q3_K", "Q4_0"  # what a group is lowered to; where rows do not divide by 256 by 32
-ROWS = 512  # of a matrix, evenly spread, from which its rounding error is taken
+ROWS = 256  # of a matrix, evenly spread, from which its rounding error is taken
 NOTHING = 1e-6  # nats/token: rounding to F16 and back alone gives 1e-7
 
 
@@ -189,7 +189,7 @@ class Simulator:
         return found
 
     def error(self, name: str, kind: str) -> float:
-        """``Σ importance · (w − w')²`` over the matrix, from 512 of its rows.
+        """``Σ importance · (w − w')²`` over the matrix, from 256 of its rows.
 
         What the type does to the matrix's output, up to the correlation of its inputs: the KL of one tensor at another
         type goes with it (see :func:`sensitivities`).
