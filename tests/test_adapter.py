@@ -182,6 +182,49 @@ def test_a_lora_file_beside_the_base_is_the_merged_model(work, llama, form):
     assert np.abs(beside - base).max() > 0.1
 
 
+@pytest.fixture(scope="module")
+def moe(work):
+    """A mixture with an adapter on attention and on some experts, as trainers wrote it before experts were fused."""
+    base = make_base(work / "moe", "qwen3_moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+                     norm_topk_prob=True, tie_word_embeddings=False)
+    adapter = make_adapter(work / "moe-adapter", base, target_modules=["q_proj", "v_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for module, rows, columns in (("0.mlp.experts.2.down_proj", 64, 48), ("1.mlp.experts.0.gate_proj", 48, 64)):
+        name = f"base_model.model.model.layers.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    return base, adapter, tensors
+
+
+def test_experts_take_their_own_updates(work, moe):
+    base, adapter, tensors = moe
+    report = convert(base, work / "moe.gguf", adapter, dtype="f32")
+    assert report.merged == 2 * 2 + 2
+    written = {t.name: t.data for t in gguf.GGUFReader(work / "moe.gguf").tensors}
+    weights = load_file(base / "model.safetensors")
+    name = "layers.0.mlp.experts.2.down_proj"
+    update = 2.0 * tensors[f"base_model.model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.model.{name}.lora_A.weight"]
+    experts = [weights[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] for e in range(4)]
+    experts[2] = experts[2] + update
+    np.testing.assert_allclose(written["blk.0.ffn_down_exps.weight"], torch.stack(experts).numpy(), atol=2e-6)
+    q = "base_model.model.model.layers.1.self_attn.q_proj"
+    expected = weights["model.layers.1.self_attn.q_proj.weight"] + 2.0 * tensors[f"{q}.lora_B.weight"] @ tensors[f"{q}.lora_A.weight"]
+    np.testing.assert_allclose(written["blk.1.attn_q.weight"], expected.numpy(), atol=2e-6)
+
+
+def test_a_lora_file_of_experts_is_the_merged_model(work, moe):
+    base, adapter, _ = moe
+    convert(base, work / "moe-base.gguf", dtype="f32")
+    convert(base, work / "moe.gguf", adapter, dtype="f32")
+    convert_lora(base, work / "moe-lora.gguf", adapter, dtype="f32")
+    ids = samples_of(6144)[0].ids
+    beside, merged = logits_of(work / "moe-base.gguf", ids, work / "moe-lora.gguf"), logits_of(work / "moe.gguf", ids)
+    np.testing.assert_allclose(beside, merged, rtol=0, atol=5e-3)
+    assert np.abs(logits_of(work / "moe-base.gguf", ids) - merged).max() > 0.1
+
+
 def test_a_lora_file_says_what_it_is(work, llama):
     adapter = make_adapter(work / "lora-meta", llama, use_rslora=True)
     convert_lora(llama, work / "lora.gguf", adapter, dtype="f16", name="設備")
