@@ -341,7 +341,8 @@ def generate(
            for leaf, more, strings in zip(leaves, extra, _per_prompt(stop_strings, n), strict=True)]
     width = engine.width(max(1, sum(own) // max(1, n)))
     _reserve(engine, root, paths, extra, width)
-    walk = Walk(engine, root, leaves, extra, min(width, engine.batch, engine.logit_rows), flags)
+    width = engine.last_width = min(width, engine.batch, engine.logit_rows)
+    walk = Walk(engine, root, leaves, extra, width, flags)
     rngs = [np.random.default_rng((seed, i)) for i in numbers or range(n)] if temperature > 0 else None
     margins, results = [[] for _ in prompts], [None] * n
     while len(walk.finished) < n:

@@ -105,6 +105,7 @@ class Engine:
         metadata: the file's plain key-value pairs, as text.
         load_seconds: opening the file, and the context where ``n_ctx`` is given.
         decoded_tokens: tokens decoded since the engine was opened.
+        last_width: answers that the last call of :meth:`generate` had under way together.
 
     Raises:
         UserError: the file is missing, broken or not supported by this llama.cpp, with llama.cpp's reason.
@@ -144,7 +145,7 @@ class Engine:
         self.bos = llama_cpp.llama_vocab_bos(self._vocab)
         self.eos = llama_cpp.llama_vocab_eos(self._vocab)
         self.eot = llama_cpp.llama_vocab_eot(self._vocab)
-        self.separate, self.decoded_tokens = separate, 0
+        self.separate, self.decoded_tokens, self.last_width = separate, 0, 0
         self._pieces: dict[int, bytes] = {}
         self._width, self._grows = n_seq_max, n_ctx is None
         self._n_seq_max = n_seq_max = n_seq_max or (16 if separate else WIDEST)
