@@ -175,12 +175,12 @@ def read_source(path: Path | str) -> Source:
     if not path.is_file():
         raise UserError("there is no such file", where=str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # as it is: reading as text would turn \r\n into \n
     except UnicodeDecodeError as error:
         raise UserError(f"no UTF-8 text: {error.reason} at byte {error.start}", where=str(path)) from error
     samples, texts, problems = [], [], []
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -141,7 +141,7 @@ def upstream(name):
 
 def test_the_matrix_equals_llama_imatrix_on_the_same_text(model, tmp_path):
     tool = upstream("llama-imatrix")
-    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "t.txt").write_bytes(TEXT.replace("。\n", "。\r\n").encode())
     found = make_imatrix(model, tmp_path / "im.gguf", general=[tmp_path / "t.txt"], tokens=512, chunk=128, output=True)
     subprocess.run([tool, "-m", model, "-f", "t.txt", "-o", "up.gguf", "-c", "128", "--chunks", "4", "-t", "1", "--process-output", "--no-ppl"],
                    cwd=tmp_path, check=True, capture_output=True)
@@ -222,6 +222,13 @@ def test_domain_and_general_text_share_the_tokens_by_the_ratio(model, tmp_path):
     # 256 tokens are 8 samples of 32, 768 tokens are 12 chunks of 64
     assert {int(c[0]) for c in found.counts.values()} == {1024}
     assert found.datasets == ["d.jsonl", "t.txt"]
+
+
+def test_line_separators_within_a_row_are_no_line_ends(tmp_path):
+    rows = write_rows(tmp_path / "t.jsonl", [{"text": "一行\u2028続き"}, {"text": "二\x85三"}])
+    assert imatrix.read_source(rows).text == "一行\u2028続き\n\n二\x85三"
+    (tmp_path / "t.txt").write_bytes("一\r\n二".encode())
+    assert imatrix.read_source(tmp_path / "t.txt").text == "一\r\n二"
 
 
 def test_bad_input_is_named_before_any_model_is_loaded(model, tmp_path):
