@@ -23,6 +23,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from tsugiki.errors import UserError
+from tsugiki.evaluate.cache import cached_generate, cached_loglikelihood
 from tsugiki.evaluate.chat import render
 from tsugiki.evaluate.engine import Engine
 from tsugiki.evaluate.suites import TASKS, task_files
@@ -264,11 +265,11 @@ class TsugikiGGUF(TemplateLM):
         return answers
 
     def _likelihoods(self, pairs: list[tuple[list[int], list[int]]], on_done: Callable[[int], None]):
-        return self.engine.loglikelihood(pairs, truncate=self.truncate, on_done=on_done)
+        return cached_loglikelihood(self.engine, pairs, cache=self.cache, truncate=self.truncate, on_done=on_done)
 
     def _generated(self, prompts: list[list[int]], **options):
         stops = {token for token in (self.engine.eos, self.engine.eot) if token >= 0}
-        return self.engine.generate(prompts, stop_ids=stops, truncate=self.truncate, **options)
+        return cached_generate(self.engine, prompts, cache=self.cache, stop_ids=stops, truncate=self.truncate, **options)
 
     def _options(self, kwargs: dict, prompt_tokens: int) -> dict:
         """A task's generation options as the engine's.

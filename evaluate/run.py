@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tsugiki.artifacts import digest, write_jsonl
-from tsugiki.bases import Base, resolve
+from tsugiki.bases import Base, fingerprint, resolve
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.gguf_file import check_gguf
 from tsugiki.evaluate.suites import Benchmark, draw_shots_anew, first_line, quiet, shot_seed
@@ -164,6 +164,8 @@ def check_models(models: Sequence[Model], benchmarks: Sequence[Benchmark], setti
                 problems += [f"{b.name}: its answers may have {b.new_tokens:,} tokens; {room}" for b in benchmarks if b.new_tokens >= lm.max_length]
                 continue
             use_model(lm)
+            mixed = [] if model.is_gguf else [b.name for b in benchmarks if len(set(b.policies.values())) > 1]
+            problems += [f"{name}: some of its tasks are asked with BOS, some without; lm-eval's class for {model.name} has one policy" for name in mixed]
             for benchmark in benchmarks:
                 texts = plain.get(benchmark.name) or _longest(benchmark, settings, lm.apply_chat_template if settings.chat else None)
                 if benchmark.name in plain:
@@ -206,7 +208,7 @@ def opened(model: Model, settings: BenchmarkSettings, *, cache: Path | None = No
     """A model as lm-eval knows it: a :class:`TsugikiGGUF`, or lm-eval's own class for Hugging Face models.
 
     Args:
-        cache: folder for finished requests.
+        cache: folder for finished requests, of all models.
         probe: only its tokenizer, context and chat template are asked for.
     """
     if model.is_gguf:
@@ -225,7 +227,9 @@ def opened(model: Model, settings: BenchmarkSettings, *, cache: Path | None = No
         from lm_eval.models.huggingface import HFLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        yield HFLM(pretrained=str(model.path), device=device, batch_size=settings.batch_size)
+        lm = HFLM(pretrained=str(model.path), device=device, batch_size=settings.batch_size)
+        lm.requests_kept = cache and str(cache / f"requests-hf-{fingerprint(model.path)[:16]}")
+        yield lm
 
 
 class _HubProbe:
@@ -289,7 +293,7 @@ def run_benchmarks(
             folder = model_folder(out, model.name)
             folder.mkdir(parents=True, exist_ok=True)
             parts = []
-            with opened(model, settings, cache=folder) as lm:
+            with opened(model, settings, cache=out) as lm:
                 for benchmark in benchmarks:
                     began = time.monotonic()
                     found = _evaluate(lm, benchmark, settings)
@@ -318,6 +322,7 @@ def items_path(out: Path, model: str, task: str) -> Path:
 
 def _evaluate(lm, benchmark: Benchmark, settings: BenchmarkSettings) -> dict:
     """lm-eval's ``evaluate`` from the state its command line starts in."""
+    from lm_eval.api.model import CachingLM
     from lm_eval.evaluator import evaluate
 
     from tsugiki.evaluate import sandbox
@@ -327,19 +332,20 @@ def _evaluate(lm, benchmark: Benchmark, settings: BenchmarkSettings) -> dict:
         draw_shots_anew(task, benchmark.metadata)
     random.seed(0)
     np.random.seed(1234)
+    answering = lm
     if hasattr(lm, "bos_policies"):
         lm.bos_policies |= benchmark.policies
     else:  # lm-eval's class has one policy for all of a call; None is what its tokenizer does
-        kinds = set(benchmark.policies.values())
-        if len(kinds) > 1:
-            raise UserError(f"{benchmark.name} has subtasks with and without BOS", hint="Run them apart.")
-        lm.add_bos_token = False if kinds == {"never"} else None
+        policy = benchmark.policies[next(iter(benchmark.tasks))]
+        lm.add_bos_token = False if policy == "never" else None
+        if lm.requests_kept:
+            answering = CachingLM(lm, f"{lm.requests_kept}-{policy}.db")
     before = os.environ.get(sandbox.ALLOW)
     os.environ[sandbox.ALLOW] = "1" if settings.allow_code else "0"
     use_model(lm)  # some tasks cut prompts and count tokens as the model does
     try:
         return evaluate(
-            lm=lm, task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups}, limit=settings.limit, log_samples=True,
+            lm=answering, task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups}, limit=settings.limit, log_samples=True,
             apply_chat_template=settings.chat, fewshot_as_multiturn=True, confirm_run_unsafe_code=settings.allow_code,
         )  # fmt: skip
     finally:

@@ -224,6 +224,50 @@ def test_a_run_again_replaces_its_own_rows(tsugiki_, tasks, gguf, tmp_path):
     assert len(rows) == len({(r["model"], r["task"], r["metric"]) for r in rows}) == 2
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was(tsugiki_, tasks, gguf, tmp_path, monkeypatch):
+    from tsugiki.evaluate.engine import Engine
+
+    whole = Engine.generate
+    asked: list[int] = []
+
+    def stops_in_the_middle(self, prompts, *, on_result, **options):
+        asked.append(len(prompts))
+        given = 0
+
+        def count(i, result):
+            nonlocal given
+            on_result(i, result)
+            given += 1
+            if given == 4 and len(asked) == 1:
+                raise KeyboardInterrupt
+
+        return whole(self, prompts, on_result=count, **options)
+
+    monkeypatch.setattr(Engine, "generate", stops_in_the_middle)
+    arguments = ("evaluate", "run", gguf, "--tasks", "try_answers", "--include", tasks)
+    code, _out, _err = tsugiki_(*arguments)
+    assert code != 0 and not items_path(tmp_path / "runs" / "benchmarks", "base", "try_answers").exists()
+    code, _out, err = tsugiki_(*arguments)
+    assert code == 0 and asked == [10, 6], err
+    again = tsugiki_(*arguments)
+    assert again[0] == 0 and asked == [10, 6]  # everything is kept
+    texts = [i["text"] for i in read_jsonl(items_path(tmp_path / "runs" / "benchmarks", "base", "try_answers"))]
+    tsugiki_(*arguments, "--out", tmp_path / "afresh")
+    assert asked == [10, 6, 10]
+    assert texts == [i["text"] for i in read_jsonl(items_path(tmp_path / "afresh", "base", "try_answers"))]
+
+
+def test_a_hugging_face_model_is_not_asked_twice(tsugiki_, tasks, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    arguments = ("evaluate", "run", BASE, "--tasks", "try_options", "--include", tasks, "--limit", 3)
+    assert tsugiki_(*arguments)[0] == 0
+    first = read_jsonl(items_path(tmp_path / "runs" / "benchmarks", "tiny-llama", "try_options"))
+    monkeypatch.setattr(HFLM, "_model_call", lambda *_: pytest.fail("it was asked again"))
+    assert tsugiki_(*arguments)[0] == 0
+    assert first == read_jsonl(items_path(tmp_path / "runs" / "benchmarks", "tiny-llama", "try_options"))
+
+
 # --- models of a run --------------------------------------------------------------------------------------------
 
 
