@@ -12,7 +12,7 @@ from tsugiki.artifacts import write_json
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.quantize.child import run_child, serve
 from tsugiki.quantize.parity import check_bos, logits_agreement, parity
-from tsugiki.quantize.texts import HARD_TEXTS, hard_texts
+from tsugiki.quantize.texts import SENTENCES, hard_texts
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
 STRICT = ("domain",)  # groups whose explained differences are limited; the others' are counted
@@ -101,7 +101,7 @@ def read_texts(path: Path | None) -> list[str]:
         UserError: no such file, not UTF-8, or no text in it.
     """
     if path is None:
-        return [t for t in HARD_TEXTS if len(t) > 12]
+        return list(SENTENCES)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         if path.suffix == ".jsonl":

@@ -5,6 +5,21 @@ from __future__ import annotations
 import unicodedata
 from itertools import product
 
+# Ordinary sentences of the kind that companies ask about.
+SENTENCES = (
+    "建築物の敷地は、これに接する道の境より高くなければならない。",
+    "設備P-101の定格圧力は0.7 MPaで、点検は3か月ごとに行う。",
+    "この法律において、次の各号に掲げる用語の意義は、当該各号に定めるところによる。",
+    "点検の結果、異常がなければ記録簿に記入し、責任者に報告する。\n異常があれば直ちに停止する。",
+    "The pump is inspected every 3 months, and its oil is changed once a year.",
+    "第三条　前項の規定にかかわらず、都道府県知事は許可を取り消すことができる。",
+    "ポンプの軸受温度が70度を超えたときは、予備機に切り替えてから原因を調べてください。",
+    "保証期間は引渡しの日から1年間とし、消耗品は対象外とする。",
+    "患者の体温が38.5度以上であれば、医師に連絡し、解熱剤の投与について指示を受ける。",
+    "入力電圧は単相200V、消費電力は1.5kWです。専用回路を設けてください。",
+    "見積書の有効期限は発行日から30日です。ご不明な点は担当者までお問い合わせください。",
+    "Restart the controller, then check that the alarm code E-07 is no longer shown.",
+)
 HARD_TEXTS = (
     "吾輩は猫である。名前はまだ無い。",
     "ひらがなだけでかいたぶんしょうです",

@@ -16,21 +16,12 @@ from tsugiki.chat import end_of_turn_id, prompt_text
 from tsugiki.errors import UserError
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.parity import Parity, check_bos, logits_agreement, parity, template_texts
-from tsugiki.quantize.texts import HARD_TEXTS
+from tsugiki.quantize.texts import HARD_TEXTS, SENTENCES
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BASES = Path(os.environ.get("TSUGIKI_TEST_BASES", ROOT / "recipes" / "bases"))
 DATA = Path(os.environ.get("TSUGIKI_DATA", ROOT.parent / "shared" / "data"))
-SENTENCES = (
-    "建築物の敷地は、これに接する道の境より高くなければならない。",
-    "設備P-101の定格圧力は0.7 MPaで、点検は3か月ごとに行う。",
-    "この法律において、次の各号に掲げる用語の意義は、当該各号に定めるところによる。",
-    "点検の結果、異常がなければ記録簿に記入し、責任者に報告する。\n異常があれば直ちに停止する。",
-    "The pump is inspected every 3 months, and its oil is changed once a year.",
-    "第三条　前項の規定にかかわらず、都道府県知事は許可を取り消すことができる。",
-    "タブ\tと改行\n\nを含む文。",
-)
 
 
 def tokenizer_at(folder):

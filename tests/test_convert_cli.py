@@ -1,0 +1,81 @@
+"""quantize convert and quantize parity as a user types them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+from tsugiki.recipes import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = Path(os.environ.get("TSUGIKI_TEST_BASES", ROOT / "recipes" / "bases")) / "tiny-qwen"
+
+
+@pytest.fixture
+def tsugiki_(monkeypatch, capsys, tmp_path):
+    """Run the console script's function in a folder of its own; returns exit code, output and error output."""
+    if not (BASE / "model.safetensors").is_file():
+        pytest.skip("the bundled base tiny-qwen is not there")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tsugiki", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def make_adapter(folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
+
+
+def test_convert_writes_what_it_is_told(tsugiki_, tmp_path):
+    code, _, said = tsugiki_("quantize", "convert", "--base", BASE, "--out", "m.gguf", "--dtype", "bf16", "--name", "設備",
+                             "--licence", "mit", "--dataset", "one", "--dataset", "two")
+    assert code == 0, said
+    assert "m.gguf: " in said
+    value = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert (value["general.name"], value["general.license"], value["general.dataset.count"]) == ("設備", "mit", 2)
+    assert value["general.dataset.1.name"] == "two"
+    assert value["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
+
+
+def test_the_adapter_alone(tsugiki_, tmp_path):
+    code, _, said = tsugiki_("quantize", "convert", "--base", BASE, "--out", "a.gguf", "--lora-only")
+    assert code == 2
+    assert "Add --adapter DIR." in said
+    adapter = make_adapter(tmp_path / "adapter")
+    code, _, said = tsugiki_("quantize", "convert", "--base", BASE, "--out", "a.gguf", "--adapter", adapter, "--lora-only")
+    assert code == 0, said
+    assert gguf.GGUFReader(tmp_path / "a.gguf").fields["general.type"].contents() == "adapter"
+
+
+def test_parity_says_what_was_compared_and_refuses_another_model(tsugiki_, tmp_path):
+    tsugiki_("quantize", "convert", "--base", BASE, "--out", "m.gguf")
+    code, out, said = tsugiki_("quantize", "parity", "m.gguf", "--base", BASE, "--json", "parity.json")
+    assert code == 0, said
+    assert "conversations rendered alike" in out
+    assert "llama.cpp stops there" in out
+    assert json.loads((tmp_path / "parity.json").read_text())["passed"] is True
+    other = BASE.parent / "tiny-llama"
+    if not (other / "model.safetensors").is_file():
+        return
+    code, _, said = tsugiki_("quantize", "parity", "m.gguf", "--base", other)
+    assert code == 2
+    assert "other vocabulary" in said or "not the same model" in said or "another base" in said
