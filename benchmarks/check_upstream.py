@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsugiki.artifacts import write_json
+from tsugiki.machine import cpu_count
 from tsugiki.quantize.standalone import CheckFiles, check_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,27 +68,27 @@ def make_files(folder: Path, vocabulary: Path, layers: int, hidden: int) -> dict
     return files
 
 
-def measured(command: list[str], log: Path) -> tuple[float, int, int]:
-    """Seconds, peak resident bytes (of the largest process below it) and exit status of a command."""
+def measured(command: list[str], log: Path) -> tuple[float, float, int, int]:
+    """Seconds, processor seconds, peak resident bytes (of the largest process below it) and exit status of a command."""
     started = time.perf_counter()
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONSAFEPATH": "1"})
         _, status, used = os.wait4(child.pid, 0)
-    return time.perf_counter() - started, used.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
 
 
 def upstream(tool: Path, files: dict[str, Path], text: Path, windows: int, work: Path, options: list[str]) -> dict:
     """Two steps: save, compare each; ``None`` where a step failed."""
     saved = work / "logits.bin"
-    seconds, peak, found = 0.0, 0, {}
+    seconds, cpu, peak, found = 0.0, 0.0, 0, {}
     for name, path in files.items():
-        command = [str(tool), "-m", str(path), "-f", str(text), "-t", str(os.cpu_count()), "--kl-divergence-base", str(saved), *options]
+        command = [str(tool), "-m", str(path), "-f", str(text), "-t", str(cpu_count()), "--kl-divergence-base", str(saved), *options]
         command += ["--chunks", str(windows)] if name == "F16" else ["--kl-divergence"]
-        took, rss, code = measured(command, work / "log.txt")
+        took, busy, rss, code = measured(command, work / "log.txt")
         said = (work / "log.txt").read_text(encoding="utf-8", errors="replace")
         if code or (name != "F16" and "Same top p:" not in said):
             return {"failed": f"{name}: exit {code}{'' if code else ', its log lacks the result'}"}
-        seconds, peak = seconds + took, max(peak, rss)
+        seconds, cpu, peak = seconds + took, cpu + busy, max(peak, rss)
         if name != "F16":
             found[name] = {
                 "kld_mean": float(re.search(r"Mean +KLD: +([-\d.]+)", said)[1]),
@@ -95,13 +96,13 @@ def upstream(tool: Path, files: dict[str, Path], text: Path, windows: int, work:
             }
     disk = saved.stat().st_size
     saved.unlink()
-    return {"seconds": seconds, "peak_rss": peak, "disk": disk, "levels": found}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_rss": peak, "disk": disk, "levels": found}
 
 
 def ours(files: dict[str, Path], text: Path, windows: int, work: Path) -> dict:
     """One call, in a process of its own as a user has it; disk is what its folder for results holds at the end."""
     command = [sys.executable, __file__, "--one", json.dumps([str(text), windows, str(work), *map(str, files.values())])]
-    seconds, peak, code = measured(command, work / "log.txt")
+    seconds, cpu, peak, code = measured(command, work / "log.txt")
     if code:
         raise SystemExit((work / "log.txt").read_text(encoding="utf-8", errors="replace"))
     found = json.loads((work / "check.json").read_text(encoding="utf-8"))
@@ -109,7 +110,7 @@ def ours(files: dict[str, Path], text: Path, windows: int, work: Path) -> dict:
 
     rows = next(iter(found["texts"].values()))["levels"][1:]
     return {
-        "seconds": seconds, "peak_rss": peak, "disk": (work / "check.json").stat().st_size, "memory": found["memory"],
+        "seconds": seconds, "cpu_seconds": cpu, "peak_rss": peak, "disk": (work / "check.json").stat().st_size, "memory": found["memory"],
         "levels": {r["level"]: {"kld_mean": r["kld_mean"], "ppl": math.exp(r["nll"])} for r in rows},
     }
 
@@ -157,9 +158,9 @@ def main() -> None:
                 raise SystemExit(f"llama-perplexity failed: {theirs['failed']}")
             rounds["llama-perplexity"].append(theirs)
     medians = {k: statistics.median(r["seconds"] for r in v) for k, v in rounds.items()}
-    table = Table("route", "s", "of upstream", "disk MB", "largest process MB", title=f"check of {len(LEVELS)} levels, {options.windows} windows of 512, {os.cpu_count()} cores {' '.join(extra)}")
+    table = Table("route", "s", "of upstream", "CPU s", "disk MB", "largest process MB", title=f"check of {len(LEVELS)} levels, {options.windows} windows of 512, {cpu_count()} cores {' '.join(extra)}")
     for name, found in rounds.items():
-        table.add_row(name, f"{medians[name]:.1f}", f"{medians[name] / medians['llama-perplexity']:.2f}×", f"{found[0]['disk'] / 1e6:,.2f}",
+        table.add_row(name, f"{medians[name]:.1f}", f"{medians[name] / medians['llama-perplexity']:.2f}×", f"{statistics.median(r['cpu_seconds'] for r in found):.1f}", f"{found[0]['disk'] / 1e6:,.2f}",
                       f"{max(r['peak_rss'] for r in found) / 1e6:,.0f}")
     Console().print(table)
     table = Table("level", "KL ours", "KL upstream", "perplexity ours", "upstream")

@@ -183,7 +183,7 @@ def _end_of_turn(samples: Sequence[EncodedSample]) -> int:
 
 
 def _memory_needs(files: Mapping[str, Path], n_ctx: int) -> dict[str, int]:
-    model = file_profile(files[REFERENCE]).model
+    model = file_profile(next(iter(files.values()))).model
     kv_bytes = 2 * 2 * model.layers * model.kv_heads * model.head_dim
     return {k: memory_of(p, n_ctx=n_ctx, vocab_size=model.vocab_size, kv_bytes=kv_bytes) for k, p in files.items()}
 
@@ -256,8 +256,11 @@ def cache_probe(path: Path, samples: Sequence[EncodedSample], *, types: Sequence
         write_encoded(rows, samples)
         task = bar.add_task("cache", total=len(caches) * len(samples), note="")
         longest = max(len(s.ids) for s in samples)
-        tokens = compare(dict.fromkeys(caches, path), rows, Path(folder), n_ctx=-(-max(4096, longest) // 256) * 256,
-                         cache_types=caches, on_step=lambda n: bar.advance(task, n))
+        n_ctx = -(-max(4096, longest) // 256) * 256
+        files = dict.fromkeys(caches, path)
+        groups = plan_groups(_memory_needs(files, n_ctx), int(0.8 * available_memory()))
+        tokens = compare(files, rows, Path(folder), n_ctx=n_ctx, cache_types=caches, groups=groups,
+                         on_step=lambda n: bar.advance(task, n))
     return [
         {"keys": keys, "values": values, "nll": float(tokens["nll"][i].mean()),
          "delta_nll": float((tokens["nll"][i] - tokens["nll"][0]).mean()), **divergences(tokens, i)}

@@ -28,7 +28,7 @@ class CheckFiles:
         model, adapter: Hugging Face folder and PEFT folder for the attribution; without a model there is none.
         items, windows: at most so many questions, and windows of each text.
         window: tokens of a window.
-        cache: measure quantized cache types on the recommended file.
+        cache: measure quantized cache types on the recommended file; always done where key biases stand out.
         memory: bytes that the comparison may take.
         margins: ``margin_nll`` and ``margin_score`` where they are not the defaults.
     """
@@ -101,14 +101,15 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
     )
     files = {REFERENCE: job.reference, **files}
     result["files"] = {name: {"path": str(p), "sha256": sha256_file(p)} for name, p in files.items()}
-    result["profile"] = file_profile(job.reference).as_dict()
-    rows = samples or next(iter(sets.values()))
+    profile = file_profile(job.reference)
+    result["profile"] = profile.as_dict()
+    rows = samples or next(iter(sets.values()))  # the domain, else the first text
     result["attribution"] = result["cache"] = None
     if job.model:
         from tsugiki.quantize.attribution import attribute
 
         result["attribution"] = attribute(job.model, job.adapter, files, rows, settings=settings)
-    if job.cache:
+    if job.cache or profile.outlying:
         name = result["recommended"]["level"]
         result["cache"] = {"file": str(files[name]), "rows": cache_probe(files[name], next(iter(sets.values()), samples))}
     return result

@@ -202,6 +202,9 @@ def show_check(found: dict) -> None:
         out.print(table)
     if found["cache"]:
         _show_cache(found["cache"]["rows"], found["cache"]["file"])
+    for probe in found["profile"]["probes"] if found["profile"]["outlying"] else []:
+        if probe["what"] == "KV cache, keys":
+            out.print(f"[bold]warning[/]: {escape(probe['why'])}", soft_wrap=True)
     for r in found["levels"]:
         out.print(f"{r['level']}: {escape(r['why']['en'])}", soft_wrap=True)
     out.print(f"take [bold]{found['recommended']['level']}[/]: {escape(found['recommended']['why']['en'])}", soft_wrap=True)
