@@ -233,15 +233,11 @@ def measure_benchmarks(
     run = f"{run_dir.parent.name}/{run_dir.name}"
     models = run_models(run_dir.parent.parent, run, tokenizer=tokenizer)
     settings = BenchmarkSettings(limit=choice.limit or None)
+    scored, unfit = _one_by_one(loaded, lambda part: run_benchmarks(models, part, settings, out=out, results=results, say=say))
     rows, changes = [], []
     for benchmark in loaded:
-        try:
-            scored = [r for r in run_benchmarks(models, [benchmark], settings, out=out, results=results, say=say) if r["main"]]
-        except UserError as error:  # its prompts do not fit these models
-            missing.append({"task": benchmark.name, "why": _brief(str(error))})
-            continue
         family = family_of(benchmark.metadata, benchmark.law_task)
-        by_model = {r["model"].removeprefix(f"{run}/"): r for r in scored}
+        by_model = {r["model"].removeprefix(f"{run}/"): r for r in scored if r["main"] and r["name"] == benchmark.name}
         kept = {name: read_items(items_path(out, r["model"], benchmark.name)) for name, r in by_model.items()}
         rows += [
             {"model": name, "family": family, **{k: r[k] for k in ("task", "name", "metric", "value", "stderr", "n", "unparsed", "truncated")}}
@@ -252,7 +248,19 @@ def measure_benchmarks(
                 before = "base" if name == "adapted" else "adapted"
                 common = {"family": family, "task": row["task"], "name": benchmark.name, "metric": row["metric"], "from": before, "to": name}
                 changes.append(common | _change(kept[before], kept[name], by_model[before], row))
+    missing += unfit
     return {"rows": rows, "changes": changes, "not_measured": missing}
+
+
+def _one_by_one(loaded: Sequence[Any], run: Callable[[Sequence[Any]], list[dict]]) -> tuple[list[dict], list[dict]]:
+    """All benchmarks in one go, so that each model is opened once; where one does not fit these models, each by itself."""
+    try:
+        return run(loaded) if loaded else [], []
+    except UserError as error:
+        if len(loaded) == 1:
+            return [], [{"task": loaded[0].name, "why": _brief(str(error))}]
+    parts = [_one_by_one([benchmark], run) for benchmark in loaded]
+    return [r for rows, _ in parts for r in rows], [m for _, missing in parts for m in missing]
 
 
 def _change(before: list[Item], after: list[Item], was: dict, now: dict) -> dict:

@@ -145,6 +145,21 @@ def test_without_data_nothing_is_measured_and_every_task_says_why(run, tmp_path,
     assert all("no folder of benchmark data" in m["why"] for m in found["not_measured"]) and len(found["not_measured"]) == len(module.QUICK)
 
 
+def test_a_task_that_does_not_fit_the_models_leaves_the_others(run, data, tmp_path):
+    """A task of the user's whose prompt is longer than any context."""
+    long = tmp_path / "long.yaml"
+    (tmp_path / "long.jsonl").write_text(json.dumps({"q": "長" * 9000, "a": "短"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    long.write_text(
+        f"task: long\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'long.jsonl'}}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: a\nmetric_list: [{metric: exact_match}]\nmetadata: {suite: [domain]}\n",
+        encoding="utf-8",
+    )
+    found = measure_benchmarks(run, tmp_path / "out", BenchmarkChoice(tasks=("tsugiki_saito_jemhopqa", str(long)), limit=12), data_dir=data)
+    assert {r["name"] for r in found["rows"]} == {"tsugiki_saito_jemhopqa"}
+    [missing] = found["not_measured"]
+    assert missing["task"] == "long" and "longest prompt has" in missing["why"]
+
+
 def test_adaptation_is_compared_item_by_item():
     def answers(scores):
         return [Answer(str(i), f"d{i}", "", "", "", float(s), "stop", 0.0) for i, s in enumerate(scores)]
