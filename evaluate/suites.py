@@ -256,7 +256,7 @@ def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
             raise _NotHere(f"{name}: {error}") from error
         raise UserError(f"{name}: {error}") from error
     except (ConnectionError, DatasetNotFoundError) as error:
-        raise _NotHere(f"{name}: its data cannot be loaded: {first_line(error)}", where=where) from error
+        raise _NotHere(f"{name}: its data cannot be loaded: {first_line(error)}") from error
     except (TemplateError, KeyError) as error:
         columns = _columns(error)
         hint = f"The data has the columns {', '.join(columns)}." if columns else None
