@@ -47,12 +47,6 @@ from tsugiki.quantize.convert import convert
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "recipes" / "bases" / "tiny-llama"
-SUBJECTS = ("japanese_history", "world_history", "japanese_civics", "japanese_geography", "japanese_idiom")
-HEAD = (  # FlexEval's examples/sarashina_2_2_evaluation, jmmlu
-    "以下はタスクを説明する指示と、追加の背景情報を提供する入力の組み合わせです。要求を適切に満たす回答を書いてください。\n"
-    "指示:: 質問と回答の選択肢を入力として受け取り、選択肢から回答を選択してください。"
-    "回答の他には何も含めないことを厳守してください。\n\n"
-)
 
 
 def beside(name: str):
@@ -63,26 +57,19 @@ def beside(name: str):
     return module
 
 
-def prompts_of(engine: Engine, items: int) -> tuple[list[list[list[int]]], str]:
+def prompts_of(engine: Engine, items: int, subjects: int) -> tuple[list[list[list[int]]], str]:
     """For each subject ``items`` prompts of ids, and where they come from."""
-    from tsugiki.evaluate.data import load_set
-
-    def ask(row: dict) -> str:
-        return f"質問:: {row['question'].strip()}, 選択肢::\n {row['A']}\n {row['B']}\n {row['C']}\n {row['D']}, 回答::"
+    from tsugiki.evaluate.tasks.docs_takase import CULTURE, jmmlu_culture
 
     try:
-        found = []
-        for subject in SUBJECTS:
-            rows = load_set("jmmlu", config=subject)["test"]
-            shots = [next(r for r in rows if r["answer"] == letter) for letter in "ABCD"]
-            head = HEAD + "".join(f"{ask(r)} {r[r['answer']]}\n" for r in sorted(shots, key=rows.index))
-            found.append([engine.tokenize(head + ask(r), special=False) for r in rows[:items]])
-        return found, "JMMLU"
+        rows = jmmlu_culture()["test"]
+        texts = [[row["prompt"] for row in rows if row["subject"] == subject][:items] for subject in CULTURE[:subjects]]
+        return [[engine.tokenize(text, special=False) for text in found] for found in texts], "JMMLU"
     except UserError:
         rng = np.random.default_rng(0)
-        lengths = ((600, 90), (700, 110), (600, 100), (550, 80), (400, 50))  # like the five subjects'
+        lengths = ((400, 60), (450, 80), (450, 80), (400, 70), (300, 40))  # like the five subjects'
         return [[p + rng.integers(1000, 100_000, int(rng.integers(q // 2, 2 * q))).tolist() for _ in range(items)]
-                for p, q in ((rng.integers(1000, 100_000, p).tolist(), q) for p, q in lengths)], "made-up ids"
+                for p, q in ((rng.integers(1000, 100_000, p).tolist(), q) for p, q in lengths[:subjects])], "made-up ids"
 
 
 def engine_route(path: Path, prompts: list[list[int]], tokens: int, threads: int) -> tuple[float, int]:
@@ -152,8 +139,9 @@ def rates(path: Path, prefix: int, own: int, width: int, threads: int) -> tuple[
             decode(prefix, engine.batch, 0, 1)
             prompt.append(time.perf_counter() - began)
             llama_cpp.llama_memory_seq_rm(engine.memory, 0, prefix, -1)
-        for seq in range(width):
+        for seq in range(1, width):
             llama_cpp.llama_memory_seq_cp(engine.memory, 0, seq, -1, -1)
+        for seq in range(width):
             decode(prefix, own, seq, 0)
         steps = []
         for step in range(9):
@@ -215,7 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, default=os.environ.get("TSUGIKI_LLAMA_CPP", "."))
     parser.add_argument("--upstream", type=Path, default=os.environ.get("TSUGIKI_UPSTREAM"))
-    parser.add_argument("--items", type=int, default=40, help="of each of the five subjects")
+    parser.add_argument("--items", type=int, default=40, help="of each subject")
+    parser.add_argument("--subjects", type=int, default=5)
     parser.add_argument("--slow-items", type=int, default=2, help="of each subject, for lm-eval on transformers")
     parser.add_argument("--tokens", type=int, default=8, help="generated a question: the choices of JMMLU have 5 to 10")
     parser.add_argument("--threads", type=int, default=cpu_count())
@@ -236,7 +225,7 @@ def main() -> None:
         hf, path = beside("loglikelihood_speed").random_model(folder, Path(given.llama_cpp))
         if set("be") & set(given.parts):
             with Engine(path, n_threads=1) as engine:
-                by_subject, source = prompts_of(engine, given.items)
+                by_subject, source = prompts_of(engine, given.items, given.subjects)
                 texts = [engine.detokenize(p) for subject in by_subject for p in subject[: given.slow_items]]
             prompts = [p for subject in by_subject for p in subject]
             unique = sum(len(node.tokens) for node in visit(prefix_tree(prompts)[0]))
@@ -251,7 +240,7 @@ def main() -> None:
             for dtype in ("float32", "bfloat16") if given.slow_items else ():
                 compare("(b) JMMLU culture", ours, "items/s", f"lm-eval hf {dtype}", lm_eval_route(hf, texts, given.tokens, dtype))
         if "e" in given.parts:
-            shared = [len(os.path.commonprefix(subject)) for subject in by_subject]
+            shared = [prefix_tree(subject)[0].children[0].end if len(subject) > 1 else len(subject[0]) for subject in by_subject]
             own = sum(map(len, prompts)) // len(prompts) - sum(shared) // len(shared)
             prompt, generated = rates(path, sum(shared) // len(shared), own, width, given.threads)
             floor = unique / prompt + given.tokens * len(prompts) / generated
