@@ -68,21 +68,21 @@ VERDICT_NAMES: dict[str, tuple[str, str]] = {
     "inconclusive": ("判定保留", "inconclusive"),
 }
 FAMILY_NAMES: dict[str, tuple[str, str]] = {
-    "domain": ("この分野", "The domain"),
+    "domain": ("この分野", "the domain"),
     "culture": ("日本文化", "Japanese culture"),
-    "neutral": ("言語に依らない課題", "Language-neutral tasks"),
-    "other": ("そのほか", "Other tasks"),
+    "neutral": ("言語に依らない課題", "language-neutral"),
+    "other": ("そのほか", "other"),
 }
 TASK_NAMES: dict[str, tuple[str, str]] = {
     "niilcqa": ("NIILC", "NIILC"),
     "niilc": ("NIILC", "NIILC"),
     "jemhopqa": ("JEMHopQA", "JEMHopQA"),
-    "jmmlu_part": ("JMMLU（日本文化）", "JMMLU, Japanese culture"),
+    "jmmlu_part": ("JMMLU（日本文化）", "JMMLU (culture)"),
     "jmmlu": ("JMMLU", "JMMLU"),
     "jcom": ("JCommonsenseQA", "JCommonsenseQA"),
     "jsquad": ("JSQuAD", "JSQuAD"),
-    "mgsm_ja": ("MGSM（日本語）", "MGSM, Japanese"),
-    "xwino": ("XWINO（英語）", "XWINO, English"),
+    "mgsm_ja": ("MGSM（日本語）", "Japanese MGSM"),
+    "xwino": ("XWINO（英語）", "English XWINO"),
     "lawqa_jp": ("lawqa_jp（法律の四択）", "lawqa_jp, legal questions"),
 }
 PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
