@@ -148,9 +148,12 @@ class Engine:
         self.separate, self.decoded_tokens, self.last_width = separate, 0, 0
         self._pieces: dict[int, bytes] = {}
         self._width, self._grows = n_seq_max, n_ctx is None
-        self._n_seq_max = n_seq_max = n_seq_max or (16 if separate else WIDEST)
-        # a unified memory holds prefixes as sequences beside those under way; the number costs it nothing
-        self.sequences = n_seq_max if separate else min(llama_cpp.llama_max_parallel_sequences(), n_seq_max + SPARE)
+        # a unified memory holds prefixes as sequences beside those under way; the number costs it nothing, but a
+        # recurrent layer keeps a state for each
+        recurrent = llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
+        self._n_seq_max = n_seq_max = n_seq_max or (16 if separate or recurrent else WIDEST)
+        spare = 0 if separate else SPARE // 4 if recurrent else SPARE
+        self.sequences = min(llama_cpp.llama_max_parallel_sequences(), n_seq_max + spare)
         trained = llama_cpp.llama_model_n_ctx_train(self._model)
         params = self._params = llama_cpp.llama_context_default_params()
         params.n_seq_max = self.sequences
@@ -217,7 +220,7 @@ class Engine:
         model = self._model
         size = llama_cpp.llama_model_n_layer(model) * llama_cpp.llama_model_n_embd(model)
         best = (1.15 * llama_cpp.llama_model_size(model) / max(1, size * cells)) ** 0.5
-        return int(min(max(best, 4), WIDEST))
+        return int(min(max(best, 4), self._n_seq_max))
 
     def _cell_bytes(self) -> int:
         """Bytes of one cell, keys and values of all layers; F32 is assumed."""
@@ -323,8 +326,6 @@ class Engine:
         if not rows:
             return np.empty((0, self.vocab_size), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (rows, self.vocab_size))
-
-    _decode = decode
 
     def check_length(self, name: str, tokens: int) -> None:
         """Refuse a sequence longer than the context."""

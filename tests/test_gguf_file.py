@@ -120,12 +120,12 @@ def whole(tmp_path_factory):
     return out.read_bytes()
 
 
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_crashes_or_hangs_the_check(tmp_path, whole, data):
     """Bits flipped, numbers replaced by extreme ones, the end cut: the check accepts or says a sentence."""
-    content = bytearray(whole)
-    head = 300_000  # the header, tensor entries included
+    head = 300_000  # the header, tensor entries included, is shorter
+    content = bytearray(whole[: head + 8])
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.one_of(st.integers(4, 400), st.integers(4, head)))
         if data.draw(st.booleans()):
@@ -133,15 +133,18 @@ def test_no_damage_crashes_or_hangs_the_check(tmp_path, whole, data):
         else:
             content[at : at + 8] = struct.pack("<Q", data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, HUGE, 2**64 - 1])))
     if data.draw(st.booleans()):
-        del content[data.draw(st.integers(0, head)) :]
-    path = write(tmp_path, bytes(content))
+        path = write(tmp_path, bytes(content[: data.draw(st.integers(0, head))]))
+    else:
+        path = write(tmp_path, bytes(content))
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
     try:
         check_gguf(path)
     except UserError as error:
         assert "model.gguf" in str(error)
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_no_bytes_after_the_magic_crash_or_hang_the_check(tmp_path, tail):
     with pytest.raises(UserError):
