@@ -70,9 +70,10 @@ def check(
         or right), ``truncated``, ``kinds`` (the same by kind), ``changed`` (answers that differ from F16's) and
         ``examples`` of them; ``prompt_tok_s``, ``gen_tok_s``, ``seconds_per_answer`` (single stream), ``peak_rss``
         (bytes, of a process that answers one question at a time with a context of 2,048), ``threads``; ``verdict``
-        (F16: ``reference``), ``jointly`` (the verdict with intervals that hold for all levels together), ``why`` in
-        ``en`` and ``ja``, ``more_samples`` (about how many more would decide; ``None`` where the question does not
-        arise or the answer is beyond a million). An interval is ``None`` where fewer than 10 documents are there.
+        (F16: ``reference``), ``beyond`` (a measured difference, sure or not, is larger than its margin), ``jointly``
+        (the verdict with intervals that hold for all levels together), ``why`` in ``en`` and ``ja``, ``more_samples``
+        (about how many more would decide; ``None`` where the question does not arise or the answer is beyond a
+        million). An interval is ``None`` where fewer than 10 documents are there.
 
     Memory beside the models' files while comparing, each file: 64 MB of logits
     (:data:`~tsugiki.evaluate.engine.LOGIT_BYTES`), the F16 cache, llama.cpp's buffers; :func:`memory_of` adds them up.

@@ -104,6 +104,7 @@ def judge(
         else:
             row["verdict"] = verdict(row["delta_ci"], row.get("delta_score_ci"), settings, scored=scored)
             row["more_samples"] = _more_samples(row, number, settings) if row["verdict"] == "inconclusive" else None
+            row["beyond"] = row["delta_nll"] > settings.margin_nll or row.get("delta_score", 0) < -settings.margin_score
             score_ci = _paired(points[i] - points[0], documents, settings, joint) if scored else None
             row["jointly"] = verdict(joint_ci[i], score_ci, settings, scored=scored)
             row["why"] = _why(row, number, count, settings)
@@ -272,7 +273,7 @@ _JOINTLY = {
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The smallest file that passes; if none, the largest that is not shown to be worse; if none, F16.
+    """The smallest file that passes; if none, the largest that neither is shown nor looks to be worse; if none, F16.
 
     Where nothing is proven the careful choice is the one closest to F16. Each verdict stands for itself; that the best
     of several was picked is told by ``jointly``: the verdict of the picked level with intervals that hold for all
@@ -285,9 +286,9 @@ def recommend(rows: Sequence[dict]) -> dict:
             "no level is proven yet; of those not shown to be degraded it is the closest to F16, so check with more samples",
             "まだ合格と言える量子化はなく、劣化と断定できない中でF16に最も近いファイルです。サンプルを増やして確かめてください",
         ),
-        ("reference", "every level is degraded, so keep F16", "すべての量子化で劣化が認められたため、F16を使ってください"),
+        ("reference", "no level is shown to keep the quality, so keep F16", "品質を保つと言える量子化がないため、F16を使ってください"),
     ):
-        found = [r for r in rows if r["verdict"] == wanted]
+        found = [r for r in rows if r["verdict"] == wanted and not r.get("beyond")]
         if found:
             best = (max if wanted == "inconclusive" else min)(found, key=lambda r: r["bytes"])
             size = f"{best['bytes'] / 1e6:,.1f} MB"

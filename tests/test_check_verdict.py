@@ -153,6 +153,11 @@ def test_the_recommendation_is_the_smallest_that_passes_else_the_largest_undecid
     assert recommend(rows(F16="reference", Q08="degraded"))["level"] == "F16"
 
 
+def test_a_level_that_looks_worse_is_not_recommended_however_few_samples_there_are(judged):
+    result = judged(0.5, 0.0, documents=5)
+    assert result["levels"][1]["verdict"] == "inconclusive" and result["recommended"]["level"] == "F16"
+
+
 # --- how often the verdict errs ---------------------------------------------------------------------------------
 
 
