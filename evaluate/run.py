@@ -402,8 +402,10 @@ def main_metric(keys: Sequence[str], metadata: Mapping[str, Any]) -> str:
 
 
 def _items(samples: Sequence[tuple[str, dict]], metric: str, benchmark: Benchmark, lm) -> list[dict]:
+    """One row an item; its id and document are the columns that the metadata names, else ``id`` and ``document``."""
     several = len({task for task, _ in samples}) > 1
-    own = [s["doc"].get("id") if isinstance(s["doc"], dict) else None for _, s in samples]
+    columns = [str(benchmark.metadata.get(key) or default) for key, default in (("item_id", "id"), ("document", "document"))]
+    own = [s["doc"].get(columns[0]) if isinstance(s["doc"], dict) else None for _, s in samples]
     use_own = None not in own and len(set(map(str, own))) == len(own)
     items = []
     for id, (task, sample) in zip(own, samples, strict=True):
@@ -412,7 +414,7 @@ def _items(samples: Sequence[tuple[str, dict]], metric: str, benchmark: Benchmar
         doc = sample["doc"] if isinstance(sample["doc"], dict) else {}
         score = sample.get(metric)
         item = {
-            "id": id, "document": str(doc.get("document") or doc.get("question_id") or id),
+            "id": id, "document": str(doc.get(columns[1]) or id),
             "score": float(score) if isinstance(score, (int, float, np.number)) and math.isfinite(score) else None,
             "unparsed": _unparsed(sample, benchmark.metadata.get("unparsed_metric")),
             "truncated": lm.truncated.get((task, sample["doc_id"]), False) if hasattr(lm, "truncated") else None,
@@ -489,7 +491,7 @@ def _write_lm_eval(folder: Path, model: Model, lm, parts: Sequence[tuple[Benchma
             results[key] = results.get(key, {}) | value if isinstance(value, dict) else value
     samples = results.pop("samples")
     for benchmark, _ in parts:
-        if "ND" in str(benchmark.metadata.get("licence", "")):  # no changed copies: ids and scores alone
+        if benchmark.metadata.get("redistributable") is False:  # no changed copies: answers and scores alone
             for name in benchmark.tasks:
                 samples[name] = [{**s, "doc": {}, "arguments": [], "target": ""} for s in samples[name]]
     results["config"] = {

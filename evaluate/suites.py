@@ -270,7 +270,7 @@ def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
         benchmarks = [Benchmark(n, dict(t.config.metadata or {}), {n: t}, {}) for n, t in tasks.items()]
     for benchmark in benchmarks:
         wanted = str(benchmark.metadata.get("main_metric") or "").partition(",")[0]
-        known = {m for t in benchmark.tasks.values() for m in t.aggregation()}
+        known = sorted({m for t in benchmark.tasks.values() for m in t.aggregation()})
         if wanted and wanted not in known:
             raise UserError(f"{benchmark.name}: main_metric is {wanted!r}, the task has {', '.join(known)}", where=where)
     return benchmarks

@@ -157,6 +157,37 @@ def test_scores_equal_a_plain_loop_over_transformers_item_by_item(tsugiki_, task
     assert f"{np.mean(expected):.3f}" in out and "± s.e." in out
 
 
+def test_bundled_tasks_answer_as_a_plain_loop_over_transformers_with_the_same_prompts(tsugiki_, gguf, tmp_path):
+    shared = Path(os.environ.get("TSUGIKI_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not all((shared / "benchmarks" / name).is_dir() for name in ("niilc", "lawqa_jp")):
+        pytest.skip("the shared data is not here")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "tsugiki_takase_niilc,tsugiki_lawqa_jp", "--limit", 5, "--data-dir", shared)
+    assert code == 0, err
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    folder = tmp_path / "runs" / "benchmarks" / "base"
+    options = read_jsonl(next(folder.glob("samples_tsugiki_lawqa_jp_*.jsonl")))
+    for sample, item in zip(options, read_jsonl(items_path(folder.parent, "base", "tsugiki_lawqa_jp")), strict=True):
+        scores = []
+        for asked in sample["arguments"].values():
+            head = tokenizer(asked["arg_0"])["input_ids"]  # with BOS, as the tokenizer has it: the task says `bos: model`
+            ids = torch.tensor([tokenizer(asked["arg_0"] + asked["arg_1"])["input_ids"]])
+            with torch.no_grad():
+                logp = model(ids).logits[0].double().log_softmax(-1)
+            scores.append(sum(float(logp[i - 1, ids[0, i]]) for i in range(len(head), ids.shape[1])))
+        assert item["score"] == float(np.argmax(scores) == int(sample["target"]))
+        assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx(scores, abs=0.02)
+    answers = read_jsonl(next(folder.glob("samples_tsugiki_takase_niilc_*.jsonl")))
+    for sample, item in zip(answers, read_jsonl(items_path(folder.parent, "base", "tsugiki_takase_niilc")), strict=True):
+        asked = sample["arguments"]["gen_args_0"]
+        ids = tokenizer(asked["arg_0"], add_special_tokens=False, return_tensors="pt")["input_ids"]  # `bos: never`
+        with torch.no_grad():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, pad_token_id=0)
+        assert item["text"] == tokenizer.decode(whole[0, ids.shape[1]:], skip_special_tokens=True).split("\n")[0]
+
+
 def test_a_score_is_kept_in_lm_evals_layout_and_in_the_results_table(tsugiki_, tasks, gguf, tmp_path):
     code, _out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_options,try_answers", "--include", tasks)
     assert code == 0, err

@@ -15,7 +15,7 @@ from tsugiki.quantize.convert import convert
 
 BASES = Path(__file__).resolve().parents[1] / "recipes" / "bases"
 # The file's weights are F16, the reference's float32: seen at most 3e-3 nats a continuation token.
-PER_TOKEN = 1e-2
+PER_TOKEN = 5e-3
 CONTEXTS = [
     "日本の首都は", "問題：ポンプの点検は何か月ごとですか。\n回答：", "The old man went to the ", "春はあけぼの。\n\n夏は", "A: 一つ\nB: 二つ\nAnswer:",
     "彼は静かに扉を開けて、\n",
