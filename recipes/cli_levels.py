@@ -125,16 +125,18 @@ def quantize_repair(
     held_tokens: Annotated[int, typer.Option(help="Scored held-out tokens.")] = 16_384,
     rounds: Annotated[int, typer.Option(help="Rounds of measurement around the choice.")] = 0,
     blocks: Annotated[int | None, typer.Option(help="Runs of layers that get their type together (0: each matrix alone).")] = None,
+    types: Annotated[str, typer.Option(help="Types that tensors may get, comma-separated; empty: K-quants, IQ4_XS, IQ3, IQ2 and Q8_0.")] = "",
     margin: Annotated[float, typer.Option(help="What the smallest file may lose, nats/token.")] = 0.05,
     json: Annotated[Path | None, typer.Option(help="A JSON file to write the result to.")] = None,
     threads: ThreadsOption = None,
     gpu_layers: GpuOption = 0,
 ) -> None:
     """Give a level's bytes to the tensors that need them; never worse than the level on held-out samples."""
-    from tsugiki.quantize.repair import RepairSettings, repair
+    from tsugiki.quantize.repair import KINDS, RepairSettings, repair
 
+    kinds = tuple(k.strip() for k in types.split(",") if k.strip()) or KINDS
     found = repair(model, out, calib=calib, heldout=heldout, base_level=base_level, imatrix=imatrix, budget=budget, settings=RepairSettings(
-        tokens=tokens, held_tokens=held_tokens, rounds=rounds, blocks=blocks, margin=margin, n_threads=threads, n_gpu_layers=gpu_layers))
+        tokens=tokens, held_tokens=held_tokens, rounds=rounds, blocks=blocks, types=kinds, margin=margin, n_threads=threads, n_gpu_layers=gpu_layers))
     if json:
         write_json(json, asdict(found))
     show_repair(found)

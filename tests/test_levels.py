@@ -210,3 +210,17 @@ def test_importance_of_another_model_and_too_little_of_it_are_refused(f16, tmp_p
     with pytest.raises(UserError, match=r"not enough for IQ2_XXS[\s\S]*blk.1.attn_k.weight: IQ2_XXS needs importance"):
         make_level(f16, "IQ2_XXS", tmp_path / "q.gguf", imatrix=tmp_path / "half.gguf")
     assert not (tmp_path / "q.gguf").exists()
+
+
+def test_one_command_makes_levels_of_a_file_or_of_a_domain(f16, tmp_path):
+    def run(*words):
+        command = [Path(sys.executable).with_name("tsugiki"), "quantize", "levels", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run(f16, "--levels", "Q8_0,IQ4_NL", "--out", "made")
+    assert done.returncode == 0 and sorted(p.name for p in (tmp_path / "made").iterdir()) == ["model-IQ4_NL.gguf", "model-Q8_0.gguf"]
+    assert "Q8_0" in done.stdout and f"{read_types(tmp_path / 'made' / 'model-IQ4_NL.gguf').bpw:.3f}" in done.stdout
+    wrong = run("setsubi", "--levels", "Q8_0")
+    assert wrong.returncode == 2 and "go with a .gguf file" in wrong.stderr
+    unknown = run("no-such-domain")
+    assert unknown.returncode == 2 and "no-such-domain" in unknown.stderr

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -110,9 +111,27 @@ def test_a_second_budget_needs_no_sensitivity_again_and_keeps_to_its_bytes(folde
 def test_the_smallest_file_within_the_margin_is_smaller_than_stock_and_within_the_margin(folder, repaired):
     found = repair(folder / "f16.gguf", folder / "out" / "least.gguf", calib=folder / "calib.jsonl", heldout=folder / "held.jsonl",
                    imatrix=folder / "im.gguf", budget="smallest", cache=folder / "out" / ".repaired.sensitivity.jsonl",
-                   settings=RepairSettings(tokens=500, held_tokens=600, n_threads=1, margin=0.2))
+                   settings=replace(SMALL, margin=0.2))
     assert found.bytes < found.stock_bytes
     assert found.delta_ci[1] <= 0.2
+
+
+def test_rows_that_do_not_divide_by_256_get_types_of_smaller_blocks(tmp_path):
+    write_model(tmp_path / "f16.gguf", width=160, ffn=288, layers=1)
+    for name, seed in (("calib", 1), ("held", 2)):
+        write_encoded(tmp_path / f"{name}.jsonl", samples(30, seed))
+    found = repair(tmp_path / "f16.gguf", tmp_path / "r.gguf", calib=tmp_path / "calib.jsonl", heldout=tmp_path / "held.jsonl", settings=SMALL)
+    written = {t.name: t.tensor_type.name for t in gguf.GGUFReader(found.path).tensors if "norm" not in t.name}
+    assert found.kept == "repaired" and found.bytes <= found.stock_bytes and found.kl < found.stock_kl
+    assert set(written.values()) <= {"IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+
+
+def test_only_the_types_asked_for_are_given(folder, repaired):
+    found = repair(folder / "f16.gguf", folder / "out" / "k.gguf", calib=folder / "calib.jsonl", heldout=folder / "held.jsonl", imatrix=folder / "im.gguf",
+                   cache=folder / "out" / ".repaired.sensitivity.jsonl", settings=replace(SMALL, types=("Q3_K", "Q4_K", "Q6_K")))
+    assert set(found.types.values()) == {"Q3_K", "Q4_K", "Q6_K"} and found.kl < found.stock_kl
+    with pytest.raises(UserError, match="types for the repair: Q7_K"):
+        RepairSettings(types=("Q4_K", "Q7_K"))
 
 
 # --- never worse --------------------------------------------------------------------------------------------------
