@@ -236,7 +236,7 @@ def main() -> None:
         scores: dict[str, dict[str, list]] = {"letters": {}, "texts": {}}
         for name, open_route in routes(quantized, hf, with_server).items():
             with open_route() as score:
-                score(instances([[("a", "b")]]))  # a warm-up
+                score(instances([[("Answer:", " A")]]))  # a warm-up
                 for kind in speed:
                     asked = instances(requests_of(rows, given.items if name == "ours" else given.slow_items, kind == "letters"))
                     asked = asked[: given.server_requests] if name == "lm-eval gguf" else asked
