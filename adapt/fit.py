@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tsugiki.adapt.nll import batches_by_length, model_parts
-from tsugiki.errors import UserError
+from tsugiki.adapt.loss import batch_loss
+from tsugiki.adapt.plan import FOUR_BIT_FROM
+from tsugiki.artifacts import read_json, write_json
+from tsugiki.chat import special_ids
+from tsugiki.errors import UserError, raise_problems
 from tsugiki.machine import peak_rss
+from tsugiki.progress import console
 from tsugiki.samples import EncodedSample
 
 # Padded tokens in one pass through the model, on the CPU and on a GPU: few stay in the caches, many fill a GPU.
 TOKENS_PER_PASS = {False: 1024, True: 65_536}
+LOG_EVERY = 5  # optimizer steps; checkpoints fall on logged steps, so that a resumed fit logs the same losses
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,12 @@ class FitSettings:
     warmup: float = field(default=0.05, metadata={"help": "share of the steps with a rising rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay of the adapter"})
     four_bit: bool | None = field(default=None, metadata={"help": "NF4 base (QLoRA); none: on a GPU, from 2B parameters"})
+    checkpointing: bool | None = field(default=None, metadata={"help": "compute activations again in the backward pass, which saves memory; none: on an NF4 base"})
+    rslora: bool = field(default=False, metadata={"help": "scale the update by alpha / root of rank (rsLoRA)"})
+    dora: bool = field(default=False, metadata={"help": "learn each row's magnitude apart (DoRA); slower"})
+    max_steps: int = field(default=0, metadata={"help": "optimizer steps, in place of epochs; 0: as many as the epochs have"})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "minutes between checkpoints, from which a killed fit goes on; 0: none"})
+    report_to: str = field(default="auto", metadata={"help": "where curves are logged: tensorboard, wandb …, none; auto: TensorBoard where it is installed"})
 
     def __post_init__(self) -> None:
         wrong = [
@@ -46,6 +60,8 @@ class FitSettings:
                 ("micro_batch", 1 <= self.micro_batch <= self.batch_size and self.batch_size % self.micro_batch == 0,
                  f"a divisor of batch_size ({self.batch_size})"),
                 ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
+                ("max_steps", self.max_steps >= 0, "at least 0"),
+                ("checkpoint_minutes", self.checkpoint_minutes >= 0, "at least 0"),
             )
             if not ok
         ]
@@ -60,9 +76,10 @@ class FitReport:
     Attributes:
         train_tokens: tokens passed through the model, all epochs, padding not counted.
         steps: optimizer steps.
-        seconds: wall time of the training loop.
+        seconds: wall time of the training loop; of a fit that was resumed, since then.
         peak_rss: bytes of resident memory, the process's highest so far.
-        losses: nats/token of the completion at each logged step.
+        losses: nats/token of the completion, the mean of every five steps.
+        micro_batch: samples a forward pass at the end: fewer than set where memory ran out.
     """
 
     train_tokens: int
@@ -70,6 +87,7 @@ class FitReport:
     seconds: float
     peak_rss: int
     losses: list[float]
+    micro_batch: int
 
 
 def device_name() -> str:
@@ -94,7 +112,7 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
     config = AutoConfig.from_pretrained(base_dir)
     if four_bit is None:
         size = sum(p.stat().st_size for p in Path(base_dir).glob("*.safetensors"))
-        four_bit = device == "cuda" and size > 4e9
+        four_bit = device == "cuda" and size > FOUR_BIT_FROM
     options: dict = {"dtype": torch.float32 if exact and device == "cpu" else torch.bfloat16}
     if four_bit:
         if device != "cuda":
@@ -104,27 +122,71 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     if device == "cuda":
-        options["device_map"] = {"": 0}  # shard by shard to the card, never the whole model in main memory
+        # Shard by shard to the card (of several processes each has its own), never the whole model in main memory.
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     # torch's fused attention has no fast bf16 backward on the CPU: it took 44 % of a step on a tiny base.
     options["attn_implementation"] = "sdpa" if device == "cuda" or exact else "eager"
     return AutoModelForCausalLM.from_pretrained(base_dir, config=config, use_safetensors=True, **options)
 
 
 def add_adapter(model, settings: FitSettings, seed: int):
-    """Put a fresh LoRA adapter on all linear layers but the output layer; its parameters are float32."""
+    """Put a fresh LoRA adapter on all linear layers but the output layer; its parameters are float32.
+
+    On an NF4 base TRL's trainer makes them bf16. The base's embeddings, norms and output layer stay bf16: PEFT's
+    ``prepare_model_for_kbit_training`` would make them float32, which costs Llama-3-8B 2 GiB more.
+    """
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model)
     return get_peft_model(
         model,
         LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-            target_modules="all-linear", task_type="CAUSAL_LM",
+            target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=settings.rslora, use_dora=settings.dora,
         ),
     )
+
+
+def check_trainable(samples: Sequence[EncodedSample], context: int | None, special: set[int]) -> None:
+    """Refuse samples that cannot be learnt from, all at once.
+
+    Args:
+        samples: encoded training samples.
+        context: the base's longest sequence in tokens, or none.
+        special: ids of the tokenizer's special tokens.
+
+    Raises:
+        UserError: no sample; or samples of which nothing is learnt, whose answer is empty after templating, that have no
+            prompt, or that are longer than the context.
+    """
+    if not samples:
+        raise UserError("there is no sample to train on")
+    problems = []
+    for s in samples:
+        if not s.completion_ids:
+            problems.append(f"sample {s.id} has no completion token: every token is masked, nothing would be learnt")
+        elif not s.prompt_ids:
+            problems.append(f"sample {s.id} has no prompt token, from which its first answer token is predicted")
+        elif not s.completion.strip() and special.issuperset(s.completion_ids):
+            problems.append(f"sample {s.id} has an empty answer: after templating only its end-of-turn token is left")
+        if context and len(s.ids) > context:
+            problems.append(f"sample {s.id} has {len(s.ids):,} tokens, the base's context is {context:,}")
+    raise_problems(problems, what="training samples", hint="Correct or remove them; a domain's max_tokens drops long ones.")
+
+
+def log_targets(report_to: str) -> list[str]:
+    """The names that TRL's ``report_to`` takes, for a setting of :class:`FitSettings`.
+
+    Raises:
+        UserError: TensorBoard is asked for and not installed.
+    """
+    installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if report_to == "auto":
+        return ["tensorboard"] if installed else []
+    if report_to == "tensorboard" and not installed:
+        raise UserError("report_to is tensorboard, which is not installed", hint="pip install tensorboard, or report_to=none")
+    return [] if report_to == "none" else [name.strip() for name in report_to.split(",")]
 
 
 def fit(
@@ -136,55 +198,112 @@ def fit(
     *,
     seed: int = 0,
     progress_file: Path | None = None,
+    logs: Path | None = None,
 ):
     """Train one adapter on ``samples``.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this; each optimizer step still takes ``batch_size``
+    samples in all. Where memory runs out, the same batch goes on in smaller passes; where a checkpoint of the same fit is
+    in ``work``, the fit goes on from there, to the same losses.
 
     Args:
         base_dir: folder of the base.
         tokenizer: the base's tokenizer.
         samples: encoded training samples.
         settings: how to train.
-        work: folder for the trainer's own files.
+        work: folder for checkpoints; it must belong to this base, these samples, settings and seed alone.
         seed: of the adapter's start and of the order of the samples.
         progress_file: where to write ``{"step", "steps", "loss"}`` while training.
+        logs: folder for TensorBoard's files; none: below ``work``.
 
     Returns:
         ``(model, FitReport)``: the PEFT model in training precision.
 
     Raises:
-        UserError: no sample, or the loss is not finite.
+        UserError: samples that cannot be learnt from (:func:`check_trainable`), a loss that is not finite, memory too
+            small for one sample, or a batch that the processes cannot share.
     """
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    if not samples:
-        raise UserError("there is no sample to train on")
+    gpu = device_name() == "cuda"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % (settings.micro_batch * processes):
+        raise UserError(f"{processes} processes of micro_batch {settings.micro_batch} cannot share a batch of {settings.batch_size}",
+                        hint=f"Set batch_size to a multiple of {settings.micro_batch * processes}.")
+    targets = log_targets(settings.report_to)
+    model = load_base(base_dir, four_bit=settings.four_bit)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_trainable(samples, context, special_ids(tokenizer))
+    model = add_adapter(model, settings, seed)
+    four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    micro_batch = settings.micro_batch  # as it is now: memory may run out
+
+    def forward(self, input_ids, attention_mask, labels):
+        return batch_loss(self, input_ids, attention_mask, labels, tokens_per_pass=TOKENS_PER_PASS[gpu])
 
     class CompletionTrainer(SFTTrainer):
-        """TRL's trainer with the output layer applied at the completion's positions only."""
+        """TRL's trainer with the output layer at the completion's positions only, that survives running out of memory."""
+
+        step, batches = -1, ()  # the optimizer step under way, and the batches it has had
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            body, head = model_parts(self.accelerator.unwrap_model(model))
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            losses, count = 0.0, 0
-            # A batch stays a random draw, but rows of like length go through the model together: on law text, one
-            # thread trained 2,806 tokens/s so and 1,049 with each batch padded to its longest row (five steps).
-            for rows in batches_by_length(lengths, TOKENS_PER_PASS[gpu]):
-                width = max(lengths[row] for row in rows)
-                ids, mask, labels = (inputs[k][rows, :width] for k in ("input_ids", "attention_mask", "labels"))
-                hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-                learned = labels[:, 1:] != -100
-                losses = losses + torch.nn.functional.cross_entropy(
-                    head(hidden[learned]).float(), labels[:, 1:][learned], reduction="sum"
-                )
-                count += learned.sum()
-            loss = losses / (count if num_items_in_batch is None else num_items_in_batch)
+            # Through the model as it is wrapped (DDP, FSDP, autocast), so that gradients synchronise.
+            loss = model(**{k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}) / num_items_in_batch
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
             return (loss, None) if return_outputs else loss
 
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            nonlocal micro_batch
+            if self.step != self.state.global_step:
+                self.step, self.batches = self.state.global_step, []
+            self.batches.append(inputs)
+            again = [inputs]
+            while True:
+                try:
+                    return [self._in_passes(model, batch, num_items_in_batch) for batch in again][-1]
+                except torch.OutOfMemoryError as error:
+                    if micro_batch == 1 or processes > 1:
+                        raise UserError(
+                            f"out of memory with {micro_batch} sample(s) a forward pass", hint="Take gradient checkpointing, shorter"
+                            " samples, a smaller rank or micro_batch; `tsugiki adapt plan` says what fits.",
+                        ) from error
+                micro_batch = (micro_batch + 1) // 2
+                console.print(f"  [yellow]out of memory: going on with {micro_batch} samples a pass, {settings.batch_size} a step as before[/]")
+                # The failed pass may have left a part of its gradients: the step begins anew.
+                model.zero_grad()  # the optimizer's own does nothing within a step
+                again = self.batches
+                if gpu:
+                    torch.cuda.empty_cache()
+
+        def _in_passes(self, model, inputs, num_items_in_batch):
+            """Loss of one batch of the trainer's, in passes of ``micro_batch`` samples."""
+            rows = len(inputs["input_ids"])
+            passes = [{k: v[i : i + micro_batch] for k, v in inputs.items()} for i in range(0, rows, micro_batch)]
+            return sum(super(CompletionTrainer, self).training_step(model, p, num_items_in_batch) for p in passes)
+
+        def create_model_card(self, *args, **kwargs):
+            """A checkpoint needs none."""
+
     class Watch(TrainerCallback):
-        """Writes progress where the parent process reads it, and stops on a loss that is not finite."""
+        """Writes progress where the parent process reads it, stops on a loss that is not finite, asks for checkpoints."""
+
+        saved = time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            minutes = (time.monotonic() - self.saved) / 60
+            due = settings.checkpoint_minutes and minutes >= settings.checkpoint_minutes and state.global_step < state.max_steps
+            # A logged step: the losses in between are in no file. Weights that are not finite are no state to go on from.
+            if due and state.global_step % LOG_EVERY == 0 and all(bool(p.isfinite().all()) for p in trained):
+                control.should_save = True
+
+        def on_save(self, args, state, control, **kwargs):
+            self.saved = time.monotonic()
+            if state.is_world_process_zero:  # written last: what it names is whole
+                write_json(work / "last.json", {"checkpoint": f"checkpoint-{state.global_step}"})
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             loss = (logs or {}).get("loss")
@@ -192,48 +311,73 @@ def fit(
                 return
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {state.global_step}", hint="Lower learning_rate.")
-            losses.append(float(loss))
-            if progress_file:
+            if progress_file and state.is_world_process_zero:
                 progress_file.write_text(
                     json.dumps({"step": state.global_step, "steps": state.max_steps, "loss": loss}), encoding="utf-8"
                 )
 
-    losses: list[float] = []
-    gpu = device_name() == "cuda"
-    model = add_adapter(load_base(base_dir, four_bit=settings.four_bit), settings, seed)
     data = Dataset.from_dict(
         {
             "input_ids": [s.ids for s in samples],
             "labels": [[-100] * len(s.prompt_ids) + s.completion_ids for s in samples],
         }
     )
+    if "tensorboard" in targets:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs or work / "logs")
     arguments = SFTConfig(
-        output_dir=str(work), num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=max(1, settings.batch_size // settings.micro_batch),
+        output_dir=str(work), num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate, per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes),
         lr_scheduler_type="cosine", warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-        bf16=gpu, gradient_checkpointing=gpu and getattr(model, "is_loaded_in_4bit", False),
-        optim="paged_adamw_8bit" if getattr(model, "is_loaded_in_4bit", False) else "adamw_torch_fused",
-        logging_steps=5, logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True,
+        bf16=gpu, gradient_checkpointing=four_bit if settings.checkpointing is None else settings.checkpointing,
+        optim="paged_adamw_8bit" if four_bit else "adamw_torch_fused",
+        logging_steps=LOG_EVERY, logging_nan_inf_filter=False, save_strategy="no", save_total_limit=2,
+        report_to=targets or "none", disable_tqdm=True,
         seed=seed, data_seed=seed, use_cpu=not gpu, dataloader_pin_memory=gpu, log_level="error",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one card: DataParallel would copy the base to each
     trainer = CompletionTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.forward = types.MethodType(forward, model)
     began = time.monotonic()
-    mean = trainer.train().training_loss
+    try:
+        mean = trainer.train(resume_from_checkpoint=last_checkpoint(work)).training_loss
+    except torch.OutOfMemoryError as error:  # in the optimizer's step
+        raise UserError("out of memory in the optimizer's step", hint="`tsugiki adapt plan` says what fits.") from error
+    finally:
+        for name in ("forward", "_original_forward"):  # ours, and accelerate's around it
+            model.__dict__.pop(name, None)
     if not math.isfinite(mean):  # between two logged steps, or in a fit of fewer steps than that
         raise UserError(f"the mean training loss is {mean}", hint="Lower learning_rate, or look for broken weights in the base.")
     report = FitReport(
-        train_tokens=settings.epochs * sum(len(s.ids) for s in samples),
+        train_tokens=_tokens_seen(samples, settings, trainer.state.global_step),
         steps=trainer.state.global_step,
         seconds=time.monotonic() - began,
         peak_rss=peak_rss(),
-        losses=losses,
+        losses=[float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
+        micro_batch=micro_batch,
     )
     model.eval()
     return model, report
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The last whole checkpoint in a fit's folder, or none."""
+    try:
+        folder = work / read_json(work / "last.json")["checkpoint"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(folder) if folder.is_dir() else None
+
+
+def _tokens_seen(samples: Sequence[EncodedSample], settings: FitSettings, steps: int) -> int:
+    """Tokens of all epochs; of a part of an epoch its share (batches are random draws)."""
+    tokens = sum(len(s.ids) for s in samples)
+    if not settings.max_steps:
+        return settings.epochs * tokens
+    return round(tokens * steps / math.ceil(len(samples) / settings.batch_size))
