@@ -18,6 +18,8 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine, check_gguf
 from tsugiki.samples import EncodedSample
 
+# Tokens that llama.cpp makes control tokens whatever their type, and that a vocabulary may hold as plain text.
+_CONTROL_LIKE = ("</s>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<EOT>", "_<EOT>")
 _BYTE_NAME = re.compile(r"<0x(?=[0-9A-F]{2}>)")
 
 
@@ -34,7 +36,9 @@ class Parity:
             ``hf_ids``, ``gguf_ids``, ``hf_tokens``, ``gguf_tokens`` and ``reason``: ``unknown`` (characters outside the
             vocabulary), ``normalizer`` (Hugging Face changes the text before it, llama.cpp does not), ``space`` (one
             of the two puts a space before the text), ``byte`` (the text spells a byte token's name, ``<0x0A>``),
-            ``marks`` (llama.cpp's regexes for Tekken and GPT-4o take combining marks for no part of a word) or
+            ``control`` (the text spells a token of the vocabulary that llama.cpp takes for an end of text by its name,
+            as Qwen2's unused ``</s>``), ``marks`` (llama.cpp's regexes for Tekken and GPT-4o take combining marks for
+            no part of a word) or
             ``segmentation`` (anything else: the file is not the same tokenizer).
         template: whether the stored chat template is the tokenizer's, letter for letter.
         bos: how many BOS ids stand at the start of a rendered conversation in ``hf`` and in ``gguf``, and of a
@@ -133,6 +137,9 @@ def _reason(tokenizer, gguf_ids, text: str, expected: list[int], found: list[int
     unspelled = _BYTE_NAME.sub("<0 x", text)
     if unspelled != text and gguf_ids(unspelled) == tokenizer(unspelled, add_special_tokens=False)["input_ids"]:
         return "byte"
+    for token in map(tokenizer.convert_ids_to_tokens, set(found) - set(expected)):
+        if token in _CONTROL_LIKE and token in text:
+            return "control"
     unmarked = "".join(c for c in text if not unicodedata.category(c).startswith("M"))
     if unmarked != text and gguf_ids(unmarked) == tokenizer(unmarked, add_special_tokens=False)["input_ids"]:
         return "marks"

@@ -16,6 +16,8 @@ import pytest
 
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.families import FAMILIES
+from tsugiki.quantize.parity import parity
+from tsugiki.quantize.texts import SENTENCES, hard_texts
 
 _SPEC = importlib.util.spec_from_file_location("families_cases", Path(__file__).with_name("test_convert_families.py"))
 _MADE = importlib.util.module_from_spec(_SPEC)
@@ -88,3 +90,25 @@ def test_tensors_and_metadata_are_upstreams(theirs, tmp_path, name):
     different = {k: (v, our_fields.get(k)) for k, v in their_fields.items() if our_fields.get(k) != v and short(k) not in EXPLAINED}
     assert different == {}
     assert {short(k) for k in set(our_fields) - set(their_fields)} <= OURS_ALONE | SETTINGS_ALONE
+
+
+@pytest.mark.parametrize(("name", "model", "pre", "reasons"), [
+    ("llama-spm", "llama", "default", {"space"}),  # Llama 2: transformers 5 puts no space before a text that begins with one
+    ("qwen2", "gpt2", "qwen2", {"normalizer", "control"}),  # NFC; and an unused </s> in its vocabulary
+    ("gpt-2", "gpt2", "gpt-2", set()),
+])
+def test_the_source_trees_real_vocabularies(tmp_path, name, model, pre, reasons):
+    """The vocabularies of the real models, through transformers' own reading of them and back."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(TREE / "models", gguf_file=f"ggml-vocab-{name}.gguf")
+    rows = max(tokenizer.get_vocab().values()) + 1
+    config = LlamaConfig(vocab_size=rows, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    report = convert(tmp_path, tmp_path / "m.gguf")
+    found = parity(tmp_path / "m.gguf", AutoTokenizer.from_pretrained(tmp_path), {"plain": SENTENCES, "hard": hard_texts()}, most=10_000)
+    assert (report.tokenizer, report.pre) == (model, pre)
+    assert found.groups["plain"]["rate"] == 1.0
+    assert {d["reason"] for d in found.differences} == reasons
