@@ -168,8 +168,9 @@ def main() -> None:
         a, b = rounds["tsugiki"][0]["levels"][name], rounds["llama-perplexity"][0]["levels"][name]
         table.add_row(name, f"{a['kld_mean']:.6f}", f"{b['kld_mean']:.6f}", f"{a['ppl']:.3f}", f"{b['ppl']:.3f}")
     Console().print(table)
-    Console().print(f"memory planned for the comparison: {rounds['tsugiki'][0]['memory']['needed'] / 1e6:,.0f} MB in "
-                    f"{len(rounds['tsugiki'][0]['memory']['groups'])} group(s)")
+    memory = rounds["tsugiki"][0]["memory"]
+    Console().print(f"memory of the comparison: planned for all files together {memory['needed'] / 1e6:,.0f} MB, in {len(memory['groups'])} "
+                    f"group(s); the comparing process took {memory['peak_rss'] / 1e6:,.0f} MB")
     if options.json:
         write_json(options.json, {"median_seconds": medians, "upstream_options": extra, "rounds": rounds})
 

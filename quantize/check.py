@@ -59,8 +59,8 @@ def check(
         on_step: called with the name of each part when it is finished.
 
     Returns:
-        JSON-ready: ``samples``, ``tokens``, ``documents``, ``settings``, ``seconds`` (by part), ``memory`` (``budget``
-        and ``needed`` in bytes, ``groups``), ``levels``, ``recommended`` ``{"level", "jointly", "why"}`` and ``texts``
+        JSON-ready: ``samples``, ``tokens``, ``documents``, ``settings``, ``seconds`` (by part), ``memory`` (``budget``,
+        ``needed`` by all files together and ``peak_rss`` of a comparing process in bytes, ``groups``), ``levels``, ``recommended`` ``{"level", "jointly", "why"}`` and ``texts``
         (the same for each set: ``samples`` are windows; no answers, so verdicts on the NLL alone; without samples
         ``levels`` and ``recommended`` are those of the texts' worst verdicts). Each of ``levels``, F16 first, has
         ``level``, ``bytes``; ``nll`` (nats/token, token-weighted), ``delta_nll``, ``delta_ci``; ``kld_mean``,
@@ -109,7 +109,7 @@ def check(
         def advance(n: int) -> None:
             bar.advance(task, n)
 
-        def timed(part: str, work: Callable[[], dict]) -> dict:
+        def timed(part: str, work: Callable):
             before = time.perf_counter()
             result = work()
             seconds[part] = round(time.perf_counter() - before, 2)
@@ -121,7 +121,7 @@ def check(
         def child(part: str, job: dict) -> dict:
             return timed(part, lambda: run_task(job | common, name=part, on_step=advance, stopped=stop.is_set))
 
-        def comparing() -> dict[str, np.ndarray]:
+        def comparing() -> tuple[dict[str, np.ndarray], int]:
             return timed("compare", lambda: compare(files, rows, Path(folder), n_ctx=n_ctx, groups=groups, on_step=advance,
                                                     stopped=stop.is_set))
 
@@ -135,7 +135,7 @@ def check(
             try:
                 future = pool.submit(comparing)
                 answering = {name: pool.submit(answers, name) for name in files} if samples else {}
-                tokens = future.result()
+                tokens, peak = future.result()
                 if samples:
                     answered = {k: f.result() for k, f in answering.items()}
             except BaseException:
@@ -156,7 +156,7 @@ def check(
     else:
         result = _worst(parts)
     result["texts"] = parts
-    result["memory"] = {"budget": budget, "needed": sum(needs.values()), "groups": groups}
+    result["memory"] = {"budget": budget, "needed": sum(needs.values()), "groups": groups, "peak_rss": peak}
     result["seconds"] = {**seconds, "total": round(time.perf_counter() - started, 2)}
     return result
 
@@ -260,8 +260,8 @@ def cache_probe(path: Path, samples: Sequence[EncodedSample], *, types: Sequence
         n_ctx = -(-max(4096, longest) // 256) * 256
         files = dict.fromkeys(caches, path)
         groups = plan_groups(_memory_needs(files, n_ctx), int(0.8 * available_memory()))
-        tokens = compare(files, rows, Path(folder), n_ctx=n_ctx, cache_types=caches, groups=groups,
-                         on_step=lambda n: bar.advance(task, n))
+        tokens, _ = compare(files, rows, Path(folder), n_ctx=n_ctx, cache_types=caches, groups=groups,
+                            on_step=lambda n: bar.advance(task, n))
     return [
         {"keys": keys, "values": values, "nll": float(tokens["nll"][i].mean()),
          "delta_nll": float((tokens["nll"][i] - tokens["nll"][0]).mean()), **divergences(tokens, i)}

@@ -105,7 +105,7 @@ def compare(
     groups: Sequence[Sequence[str]] | None = None,
     on_step: Callable[[int], None] = lambda n: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], int]:
     """Run every file over the samples and compare it with the first, token by token.
 
     Args:
@@ -118,9 +118,11 @@ def compare(
             the reference, in a process of its own.
 
     Returns:
-        ``sample`` int64 ``(T,)``; ``nll``, ``kld``, ``top1``, ``top5`` float64 ``(files, T)``, files in their order.
+        ``sample`` int64 ``(T,)``; ``nll``, ``kld``, ``top1``, ``top5`` float64 ``(files, T)``, files in their order; and
+        the largest resident memory of a child, bytes.
     """
     first, *others = files
+    peak = 0
     found: dict[str, dict[str, np.ndarray]] = {}
     for i, group in enumerate(groups or [others]):
         names = [first, *group]
@@ -129,12 +131,14 @@ def compare(
             "files": {n: {"path": str(files[n]), "cache": (cache_types or {}).get(n)} for n in names},
             "fused": cache_types is not None,
         }
-        run_task(job, name="compare", on_step=on_step, stopped=stopped)
+        done = run_task(job, name="compare", on_step=on_step, stopped=stopped)
+        peak = max(peak, done["peak_rss"])
         with np.load(out / f"tokens-{i}.npz") as arrays:
             for row, name in enumerate(names):
                 found.setdefault(name, {k: arrays[k][row] for k in ("nll", "kld", "top1", "top5")})
             sample = arrays["sample"]
-    return {"sample": sample, **{k: np.stack([found[n][k] for n in files]) for k in ("nll", "kld", "top1", "top5")}}
+    arrays = {k: np.stack([found[n][k] for n in files]) for k in ("nll", "kld", "top1", "top5")}
+    return {"sample": sample, **arrays}, peak
 
 
 def available_memory() -> int:

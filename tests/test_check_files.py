@@ -149,6 +149,10 @@ def test_one_level_at_a_time_gives_the_same_numbers(files):
     apart = check_files(CheckFiles(files["F16"], levels, memory=1, **job))
     assert apart["memory"]["groups"] == [["Q8_0"], ["Q4_K_M"]]
     assert apart["levels"] == together["levels"]
+    interpreter = 250e6  # Python with numpy, scipy and llama.cpp, before a file is open
+    for found in (together, apart):
+        assert 0 < found["memory"]["peak_rss"] < found["memory"]["needed"] + interpreter
+    assert apart["memory"]["peak_rss"] <= together["memory"]["peak_rss"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
