@@ -8,7 +8,7 @@ The random-weight model of benchmarks/loglikelihood_speed.py (0.4B, the 128k voc
   where the data is not at hand), ``--tokens`` generated a question, EOS and stops ignored, so that each route does the
   same work: the engine; llama-cpp-python item by item, which reuses the prefix of its last prompt; lm-eval's own class on
   transformers in float32 and bfloat16, prompt by prompt in its order, on the first ``--slow-items`` of each subject.
-- (c) 32 answers of 64 tokens to prompts of 16 tokens, in parallel and one at a time.
+- (c) 32 answers of ``--answer-tokens`` to prompts of 16 tokens, in parallel and (8 of them) one at a time.
 - (d) generation of one sequence: the engine and ``llama-bench`` of the same source, rounds alternating.
 - (e) the floor of (b): unique prompt tokens over the measured prompt rate and generated tokens over the measured rate at
   the engine's width, both measured behind a shared prefix of the same length.
@@ -151,7 +151,7 @@ def rates(path: Path, prefix: int, own: int, width: int, threads: int) -> tuple[
         return engine.batch / statistics.median(prompt[1:]), width / statistics.median(steps[1:])
 
 
-def parallel(path: Path, threads: int) -> tuple[float, float]:
+def parallel(path: Path, threads: int, tokens: int) -> tuple[float, float]:
     """Generated tokens a second: 32 answers together, and one at a time (8 of them)."""
     prompts = np.random.default_rng(1).integers(1000, 100_000, (32, 16)).tolist()
     found = []
@@ -159,8 +159,8 @@ def parallel(path: Path, threads: int) -> tuple[float, float]:
         with Engine(path, n_threads=threads, n_seq_max=width) as engine:
             engine.generate(prompts[:1], max_new_tokens=1, stop_ids=())
             began = time.perf_counter()
-            engine.generate(prompts[:count], max_new_tokens=64, stop_ids=())
-            found.append(64 * count / (time.perf_counter() - began))
+            engine.generate(prompts[:count], max_new_tokens=tokens, stop_ids=())
+            found.append(tokens * count / (time.perf_counter() - began))
     return found[0], found[1]
 
 
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=5)
     parser.add_argument("--slow-items", type=int, default=2, help="of each subject, for lm-eval on transformers")
     parser.add_argument("--tokens", type=int, default=8, help="generated a question: the choices of JMMLU have 5 to 10")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="of an answer in part (c)")
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--rounds", type=int, default=5, help="of part (d)")
     parser.add_argument("--parts", default="bcde=", help="= is the comparison of answers")
@@ -247,7 +248,7 @@ def main() -> None:
             result |= {"prompt tok/s": prompt, "generated tok/s": generated}
             compare("(e) the floor", len(prompts) / ours, "s", f"{prompt:,.0f} and {generated:,.0f} tok/s, s", floor)
         if "c" in given.parts:
-            together, alone = parallel(path, given.threads)
+            together, alone = parallel(path, given.threads, given.answer_tokens)
             compare("(c) 32 in parallel", together, "tok/s", "one at a time", alone)
         if "d" in given.parts and given.upstream:
             ours, theirs = single_stream(path, Path(given.upstream) / "llama-bench", given.threads, given.rounds)

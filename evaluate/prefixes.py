@@ -67,12 +67,13 @@ def prefix_tree(paths: Sequence[Sequence[int]], *, share: bool = True) -> tuple[
         for i, path in enumerate(paths):
             root.children.append(Node(list(path), 0, root, ends=[i]))
         return root, list(root.children)
-    arrays = [np.asarray(path, ">i4") for path in paths]
-    keys = [a.tobytes() for a in arrays]  # big-endian bytes of ids ≥ 0 sort as the ids do, and compare fast
+    # big-endian bytes of ids ≥ 0 sort as the ids do, and compare fast
+    keys = [np.asarray(path, ">i4").tobytes() for path in paths]
     leaves: list[Node] = [root] * len(paths)
     top, last = root, np.empty(0, ">i4")
     for i in sorted(range(len(paths)), key=keys.__getitem__):
-        path, n = arrays[i], min(len(arrays[i]), len(last))
+        path = np.frombuffer(keys[i], ">i4")
+        n = min(len(path), len(last))
         differ = np.flatnonzero(path[:n] != last[:n])
         common = int(differ[0]) if len(differ) else n
         while top.parent is not None and top.start >= common:

@@ -192,6 +192,25 @@ def test_speed_is_measured(engine):
     assert speed.prompt_tok_s > 0 and speed.gen_tok_s > 0
 
 
+def test_memory_grows_with_what_requests_need(path, samples):
+    with Engine(path, n_threads=1) as engine:
+        assert engine.context == 2048  # what the model was trained for
+        engine.generate([samples[0].prompt_ids], max_new_tokens=2, stop_ids=[])
+        assert engine.cells == 4096
+        ids = np.random.default_rng(0).integers(300, 6000, (5, 40)).tolist()
+        engine.generate([*ids, *ids], max_new_tokens=1900, stop_ids=range(6144))
+        assert engine.cells > 4096
+
+
+def test_the_width_is_the_callers_or_falls_with_the_cells_that_answers_need(path, samples):
+    with Engine(path, n_seq_max=3, n_threads=1) as engine:
+        engine.generate([s.prompt_ids for s in samples], max_new_tokens=2, stop_ids=[])
+        assert engine.last_width == 3
+    with Engine(path, n_threads=1) as engine:
+        widths = [engine.width(cells) for cells in (1, 20, 200, 2000)]
+        assert widths == sorted(widths, reverse=True) and widths[0] > 16 and widths[-1] == 4
+
+
 def test_a_small_model_gets_one_thread(path):
     assert thread_count(path) == 1
 
