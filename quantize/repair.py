@@ -42,7 +42,7 @@ KINDS = ("IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", 
 NARROW = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for rows that do not divide by 256
 MARGIN = 0.05  # nats/token that the smallest file may lose: the check's margin_nll
 BELOW = 1.7  # a type so many bits below the budget's mean is not considered: never chosen in trials, and slow to compute
-SIZES = 12  # between the smallest types and Q8_0, of which the smallest file is sought
+SIZES = 32  # between the smallest types and Q8_0, of which the smallest file is sought
 
 
 # --- the integer program ------------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ class RepairResult:
         kl, stock_kl: mean KL against F16 on held-out samples, nats/token; ``reduction``: ``1 − kl / stock_kl``;
             ``reduction_ci``: 95 %, documents drawn again, ``None`` for fewer than 10.
         nll_f16, nll, stock_nll: nats/token, held-out; ``delta_ci``: 95 % interval of ``nll − nll_f16``.
-        predicted, simulated: KL on the calibration samples by the additive model, and measured in memory;
-            ``stock_simulated`` likewise.
+        predicted, simulated: KL on the calibration samples by the additive model, and measured in memory (``None`` for
+            the smallest file); ``stock_simulated`` likewise.
         passes: over the calibration tokens, in this run; ``tokens``, ``held_tokens``: scored.
         types: tensor to type; ``changed``: tensor to stock's and its own type, where they differ.
         why: one sentence in ``en`` and ``ja``.
@@ -158,7 +158,7 @@ class RepairResult:
     stock_nll: float
     delta_ci: tuple[float, float] | None
     predicted: float
-    simulated: float
+    simulated: float | None
     stock_simulated: float
     groups: int
     passes: int
@@ -300,7 +300,7 @@ def _budget_bytes(budget: str, stock: int, others: float, parameters: int) -> in
 
 
 def _series(kind: str, most: int, shapes: Mapping[str, Sequence[int]], imatrix, types: Sequence[str]) -> list[int]:
-    """The budgets to plan for: one; or, for the smallest file, twelve from the smallest types to Q8_0."""
+    """The budgets to plan for: one; or, for the smallest file, 32 from the smallest types to Q8_0."""
     if kind != "smallest":
         return [most]
     ends = []
@@ -338,7 +338,7 @@ def _work(job: dict) -> dict:
         simulator, key = open_simulator(job, stack)
         shapes = {n: s for n, (s, _) in matrices(job["path"]).items()}
         groups = groups_of(list(shapes), job["blocks"])
-        steps = len(groups) * (1 + job["rounds"] * len(job["budgets"])) + 2 + 2 * len(job["budgets"])
+        steps = len(groups) * (1 + job["rounds"]) + 3
         rows = sensitivities(simulator, groups, key=key, cache=Path(job["cache"]), on_done=lambda n: say(done=n, of=steps))
         errors = _Errors(simulator)
         # kl / error of each group, the same for all types
@@ -349,8 +349,10 @@ def _work(job: dict) -> dict:
         plans, done = [], len(groups) + 1
         for budget in job["budgets"]:
             choice, predicted = _choose(groups, slopes, shapes, errors, budget, simulator.importance, job)
-            best = {"types": choice, "predicted": predicted, "simulated": simulator.divergence(choice), "round": 0}
-            for number in range(job["rounds"]):
+            best = {"types": choice, "predicted": predicted, "simulated": None, "round": 0}
+            if len(job["budgets"]) == 1:  # of many budgets only a few become files, and those are measured
+                best["simulated"] = simulator.divergence(choice)
+            for number in range(job["rounds"] if best["simulated"] is not None else 0):
                 # what each group adds around the choice, instead of alone
                 local = []
                 for group in groups:

@@ -157,6 +157,6 @@ def show_repair(found) -> None:
         for (old, new), names in sorted(moves.items()):
             table.add_row(old, new, escape(", ".join(names)))
         stdout().print(table)
-    ci = f" (95 % {100 * found.reduction_ci[0]:.0f} to {100 * found.reduction_ci[1]:.0f} %)" if found.reduction_ci else ""
+    ci = f" (95 % {100 * found.reduction_ci[0]:.0f} to {100 * found.reduction_ci[1]:.0f} %)" if found.reduction_ci and found.reduction > 0 else ""
     stdout().print(escape(found.why["en"]) + ci, soft_wrap=True)
     console.print(f"{found.groups} groups, {found.passes} passes of {found.tokens:,} tokens, {found.seconds:.0f} s; {escape(found.path)}")

@@ -21,7 +21,7 @@ from tsugiki.quantize.repair import RepairSettings, better, choose, compare, par
 from tsugiki.quantize.sensitivity import measure
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
-SMALL = RepairSettings(tokens=500, held_tokens=600, n_threads=1)
+SMALL = RepairSettings(tokens=500, held_tokens=600, n_threads=1, types=("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))
 
 
 def write_model(path, width=256, ffn=512, vocab=512, layers=3):
@@ -111,7 +111,7 @@ def test_a_second_budget_needs_no_sensitivity_again_and_keeps_to_its_bytes(folde
 def test_the_smallest_file_within_the_margin_is_smaller_than_stock_and_within_the_margin(folder, repaired):
     found = repair(folder / "f16.gguf", folder / "out" / "least.gguf", calib=folder / "calib.jsonl", heldout=folder / "held.jsonl",
                    imatrix=folder / "im.gguf", budget="smallest", cache=folder / "out" / ".repaired.sensitivity.jsonl",
-                   settings=replace(SMALL, margin=0.2))
+                   settings=replace(SMALL, margin=0.2, types=("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")))
     assert found.bytes < found.stock_bytes
     assert found.delta_ci[1] <= 0.2
 
@@ -231,7 +231,7 @@ def test_samples_that_the_choice_has_seen_are_refused(folder, repaired):
     with pytest.raises(UserError, match="held-out samples are calibration samples too"):
         repair(folder / "f16.gguf", folder / "x" / "a.gguf", calib=folder / "calib.jsonl", heldout=folder / "mixed.jsonl",
                imatrix=folder / "im.gguf", cache=folder / "out" / ".repaired.sensitivity.jsonl",
-               settings=RepairSettings(tokens=500, held_tokens=100_000, n_threads=1))
+               settings=replace(SMALL, held_tokens=100_000))
     assert [p.name for p in (folder / "x").iterdir()] == []
 
 
@@ -248,7 +248,7 @@ def test_an_interruption_leaves_nothing_but_finished_measurements(folder, monkey
 def test_the_command_prints_both_files_and_writes_the_result(folder, repaired):
     done = subprocess.run(
         [Path(sys.executable).with_name("tsugiki"), "quantize", "repair", "f16.gguf", "--calib", "calib.jsonl", "--heldout", "held.jsonl", "--imatrix",
-         "im.gguf", "--out", "out/repaired.gguf", "--tokens", "500", "--held-tokens", "600", "--threads", "1", "--json", "r.json"],
+         "im.gguf", "--out", "out/repaired.gguf", "--tokens", "500", "--held-tokens", "600", "--threads", "1", "--types", ",".join(SMALL.types), "--json", "r.json"],
         cwd=folder, capture_output=True, text=True, check=True,
     )
     found = json.loads((folder / "r.json").read_text())
