@@ -178,8 +178,10 @@ class Engine:
     def _open_context(self, n_ctx: int) -> None:
         if self._context:
             llama_cpp.llama_free(self._context)
-        self._params.n_ctx = n_ctx
-        self._params.n_batch = self._params.n_ubatch = min(GPU_BATCH if self.offload else BATCH, n_ctx)
+        self._params.n_ctx = n_ctx = -(-n_ctx // 256) * 256  # as llama.cpp would
+        # it aborts where a batch may have fewer rows of logits than there are sequences
+        batch = max(GPU_BATCH if self.offload else BATCH, self.sequences)
+        self._params.n_batch = self._params.n_ubatch = min(batch, n_ctx)
         self._context = llama_cpp.llama_init_from_model(self._model, self._params)
         if not self._context:
             self.close()
@@ -203,7 +205,7 @@ class Engine:
         else:
             cells = max(each, min(max(most or 0, CELLS), KV_BYTES // self._cell_bytes()))
         if not self._context or cells > self._room:
-            self._open_context(-(-cells // 256) * 256)
+            self._open_context(cells)
 
     def width(self, cells: int) -> int:
         """Answers to generate together, when each will have about ``cells`` cells of its own.
@@ -444,6 +446,11 @@ class Engine:
         on_result: Callable[[int, Likelihood], None] | None = None,
     ) -> list[Likelihood]:
         """Log-likelihoods of continuations; what the requests' tokens share is decoded once.
+
+        Sharing changes a result by llama.cpp's rounding, which depends on what else is in a batch and where in the
+        memory a token lies. Against one request at a time, 100 requests of 5.6 tokens behind four shots on tiny-llama:
+        in float32 (weights and cells) 6e-6 nats at most; the F16 file 6e-4 in the mean, 5e-3 at most; Q4_K_M, whose
+        activations are rounded to 8 bits, 6e-4 in the mean, 2e-2 at most.
 
         Args:
             requests: ``(context, continuation)`` ids, at least one each: an empty context needs BOS or EOS.

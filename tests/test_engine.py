@@ -192,6 +192,12 @@ def test_speed_is_measured(engine):
     assert speed.prompt_tok_s > 0 and speed.gen_tok_s > 0
 
 
+@pytest.mark.parametrize("options", [{"n_ctx": 40}, {"n_ctx": 100, "n_seq_max": 500}, {"n_ctx": 64, "n_seq_max": 8, "separate": True}])
+def test_a_tiny_memory_opens_and_answers(path, samples, options):
+    with Engine(path, n_threads=1, **options) as engine:
+        assert len(engine.generate([samples[0].prompt_ids] * 3, max_new_tokens=2, stop_ids=[])) == 3
+
+
 def test_memory_grows_with_what_requests_need(path, samples):
     with Engine(path, n_threads=1) as engine:
         assert engine.context == 2048  # what the model was trained for
