@@ -23,6 +23,7 @@ OUTLYING = 5.0  # times the median layer's norm of the key bias
 K_QUANT_ROW = 256
 _PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}  # llama.cpp's name to transformers', where they differ
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -49,8 +50,9 @@ class FileProfile:
     """The architecture of a GGUF file.
 
     Attributes:
-        model: the same fields as of a base's folder; ``architecture`` and ``model_type`` are both the file's
-            ``general.architecture``, ``bytes`` the file's size, ``odd_rows`` in llama.cpp's names.
+        model: the same fields as of a base's folder; ``architecture`` is the file's ``general.architecture``
+            and ``model_type`` the same in transformers' spelling (a Mistral is a llama there), ``bytes`` the file's size,
+            ``odd_rows`` in llama.cpp's names, ``rope_scaling`` its type alone.
         attention: ``multi-head``, ``grouped-query`` or ``multi-query``.
         bias_norms: ``q``, ``k``, ``v`` to the Euclidean norm of the bias of each layer; empty without biases.
         outlying: layers whose key bias is more than five times the median layer's.
@@ -178,8 +180,8 @@ def file_profile(path: Path | str) -> FileProfile:
         scaling = "llama3"
     model = Profile(
         architecture=str(kind),
-        model_type=str(kind),
-        family=_family(str(kind), str(values.get("tokenizer.ggml.model"))),
+        model_type=_MODEL_TYPES.get(kind, kind),
+        family=_family(_MODEL_TYPES.get(kind, kind), str(values.get("tokenizer.ggml.model"))),
         layers=layers,
         hidden=hidden,
         ffn=entry("feed_forward_length", 0),

@@ -36,6 +36,37 @@ def test_file_and_configuration_agree(files, name):
     assert ours["odd_rows"] == theirs["odd_rows"] == ()
 
 
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 1024, "tie_word_embeddings": False}
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512}
+FAMILIES = {
+    "Qwen3": ("tiny-qwen", {"head_dim": 128}),
+    "Qwen3Moe": ("tiny-qwen", {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                               "norm_topk_prob": True}),
+    "Llama": ("tiny-llama", {"rope_parameters": LLAMA_31}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_of_other_families_agree_too(family, tmp_path):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASES / FAMILIES[family][0])
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), **SMALL | FAMILIES[family][1])
+    base = tmp_path / "base"
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    convert(base, tmp_path / "model.gguf")
+    ours, theirs = file_profile(tmp_path / "model.gguf"), bases.profile(base)
+    for field in dataclasses.fields(theirs):
+        if field.name not in OF_THE_FILE | {"rope_scaling"}:
+            assert getattr(ours.model, field.name) == getattr(theirs, field.name), field.name
+    assert (ours.model.rope_scaling or {}).get("rope_type") == (theirs.rope_scaling or {}).get("rope_type")
+    assert ours.model.qk_norm == family.startswith("Qwen3") and ours.model.moe == ("Moe" in family)
+    assert ("ffn_gate_inp" in [p["what"] for p in ours.probes]) == ("Moe" in family)
+
+
 @pytest.mark.parametrize(("name", "attention"), [("tiny-llama", "grouped-query"), ("tiny-llmjp", "multi-head")])
 def test_attention_kind(files, name, attention):
     assert file_profile(files[name]).attention == attention
