@@ -204,6 +204,56 @@ def adapt_contamination(
     stdout().print(f"Written: {escape(str(path))}", soft_wrap=True)
 
 
+@adapt_app.command("plan")
+def adapt_plan(
+    base: BaseOption = "tiny-llama",
+    gpu: Annotated[str, typer.Option(help="Memory of the card, for example 8GB; what is free of it where a desktop runs on it.")] = "8GB",
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of the longest sample (a domain's max_tokens).")] = 1024,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples an optimizer step.")] = 16,
+    completion: Annotated[int | None, typer.Option(min=1, help="Tokens of the longest answer; none: the whole sample.")] = None,
+    four_bit: Annotated[bool | None, typer.Option(help="NF4 base (QLoRA); none: from 4 GB of weights.")] = None,
+) -> None:
+    """Say whether a fit goes on a card, with which micro-batch and checkpointing; nothing is loaded or trained."""
+    from tsugiki.adapt.plan import GIB, card_bytes, plan
+    from tsugiki.bases import profile
+    from tsugiki.recipes.recipe import BASES
+
+    bases = load_bases(BASES)
+    others = {b.name: b.parameters for b in bases.values() if b.parameters and b.name != base}
+    found = plan(profile(_config_folder(base, bases)), card_bytes(gpu), sequence=seq, rank=rank, batch_size=batch_size,
+                 four_bit=four_bit, learned=completion, others=others)
+    table = plain_table("Peak memory, predicted", "what", "GiB", numbers=True)
+    names = {"weights": "base, NF4" if found.four_bit else "base, bf16", "adapter": "adapter", "gradients": "its gradients",
+             "optimizer": "AdamW, paged 8-bit" if found.four_bit else "AdamW", "activations": "kept activations",
+             "working": "at the worst moment", "outside": "CUDA and fragmentation (assumed)"}
+    for name, label in names.items():
+        table.add_row(label, f"{getattr(found.memory, name) / GIB:.2f}")
+    table.add_row("in all", f"{found.memory.total / GIB:.2f} of {found.card / GIB:.2f}", style="bold")
+    stdout().print(table)
+    stdout().print(f"micro-batch {found.micro_batch} of {batch_size}, gradient checkpointing {'on' if found.checkpointing else 'off'}")
+    changes = {"rank": rank, "alpha": 2 * rank, "batch_size": batch_size, "micro_batch": found.micro_batch,
+               "checkpointing": str(found.checkpointing).lower(), "four_bit": str(found.four_bit).lower()}
+    stdout().print(" ".join(f"--set sweep.{key}={value}" for key, value in changes.items()), soft_wrap=True)
+
+
+def _config_folder(name: str, bases: dict) -> Path:
+    """A folder with a base's ``config.json``; of a base on the hub that file alone is fetched, not its weights."""
+    from tsugiki.bases import resolve
+
+    base = bases.get(name)
+    if base is None or base.path:
+        folder = Path(name).expanduser()
+        return folder if base is None and (folder / "config.json").is_file() else resolve(name, bases)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(base.hub_id, "config.json", revision=base.revision)).parent
+    except Exception as error:
+        raise UserError(f"the configuration of {name} cannot be had from {base.hub_id}: {str(error).splitlines()[0]}",
+                        hint="Give a folder with its config.json: --base FOLDER") from error
+
+
 # --- the finished model ---------------------------------------------------------------------------------------
 
 

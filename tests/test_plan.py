@@ -346,7 +346,7 @@ def test_the_command_says_what_to_set(folder, monkeypatch, capsys):
     with contextlib.suppress(SystemExit):
         cli.main()
     out = capsys.readouterr().out
-    assert re.search(r"base, NF4 +5\.31\n", out) and re.search(r"in all +[67]\.\d\d of 8\.00", out)
+    assert re.search(r"base, NF4 +5\.31 *\n", out) and re.search(r"in all +[67]\.\d\d of 8\.00", out)
     changes = re.findall(r"--set (\S+)", out)
     domain = load_domain(str(next(iter(list_domains().values()))))
     fit = settle(domain, changes, large=True).sweep.fit
