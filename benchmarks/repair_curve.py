@@ -4,7 +4,7 @@
 
 Texts: Wikipedia paragraphs of different articles and different English books for the importance matrix, the choice and the judgement,
 where the shared data are at hand; else questions about different devices of the bundled domain. Every repaired file has a stock level's
-bytes; two stock levels without importance are shown beside. A few minutes on two cores for a bundled base.
+bytes; two stock levels without importance are shown beside. About five minutes a base on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tsugiki.recipes.domains import load_domain, load_splits
 
 BASES = Path(__file__).parent.parent / "recipes" / "bases"
 DATA = Path(os.environ.get("TSUGIKI_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-LEVELS = ("IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+LEVELS = ("Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")
 PLAIN = ("Q3_K_M", "Q4_K_M")  # also without importance
 CHARACTERS = {"im": 80_000, "calib": 16_000, "held": 60_000}  # a fourth of it English
 

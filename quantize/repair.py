@@ -1,11 +1,12 @@
 """Repair of a damaged level: the same bytes, given to the tensors that need them.
 
-    sensitivities (one pass a group) → rounding errors of every type (no pass) → integer program → one more round around the
-    choice → the real file by llama.cpp's own quantizer → measured on held-out samples, never worse than stock
+    sensitivities (one pass a group) → rounding errors of every type (no pass) → integer program (→ rounds of measurement
+    around the choice, where asked for) → the real file by llama.cpp's own quantizer → measured on held-out samples, never worse than stock
 
 The model behind it: with a group's inputs and the loss's curvature fixed, KL grows with the squared rounding error of its
 matrices, weighted by how strongly each column is driven (the importance matrix), and the groups' shares add up. Both were
-measured on the bundled bases (README of the benchmark ``repair_curve``); what it predicts is checked, not believed.
+measured on the bundled bases (:func:`tsugiki.quantize.sensitivity.sensitivities`, ``benchmarks/repair_curve.py``); what it predicts
+is checked, not believed.
 """
 
 from __future__ import annotations
