@@ -31,8 +31,9 @@ from tsugiki.quantize.families import (
     rope_freqs,
     write_settings,
 )
-from tsugiki.quantize.tokenizer import gguf_vocabulary, tokenizer_notes
+from tsugiki.quantize.tokenizer import gguf_vocabulary
 from tsugiki.quantize.weights import FLOATS, Stored, open_weights, same_values
+from tsugiki.tokenizers import is_unigram_model, load_tokenizer
 
 _TYPES = {
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -127,7 +128,8 @@ def convert(
         weights = weights | {OUTPUT: replace(weights[EMBEDDINGS], name=OUTPUT)}
         notes.append("the adapter changes embeddings and output layer, tied in the base, apart: both are written")
     tensors = expected_tensors(family, config, tied=tied)
-    notes += tokenizer_notes(Path(tokenizer_dir or base_dir), tokenizer)
+    if is_unigram_model(tokenizer_dir or base_dir):
+        notes.append("tokenizer.model is Unigram and is read as such; transformers alone reads many such files as BPE, with other ids")
     template = tokenizer.chat_template
     eot = end_of_turn_id(tokenizer) if template else None
     del tokenizer  # 200 MB for a vocabulary of 128,000, not needed while the tensors pass
@@ -284,10 +286,8 @@ def read_tokenizer(folder: Path):
     Raises:
         UserError: transformers cannot read it.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load_tokenizer(folder)
     except Exception as error:
         raise UserError(
             f"transformers cannot read the tokenizer: {error}", where=str(folder),

@@ -162,12 +162,12 @@ def measure(
 ) -> dict:
     """:func:`gate` in this process."""
     import llama_cpp
-    from transformers import AutoTokenizer
 
     from tsugiki.chat import end_of_turn_id
     from tsugiki.evaluate.engine import Engine
+    from tsugiki.tokenizers import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(base_dir)
     talks = conversations(texts, system) if tokenizer.chat_template else []
     rendered: list[str] = []
     rendering = {"conversations": 0, "identical": 0, "first": None}

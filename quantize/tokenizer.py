@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from gguf import TokenType
 
@@ -157,31 +156,6 @@ def gguf_vocabulary(tokenizer, vocab_size: int) -> GGUFVocabulary:
         add_bos=_adds_bos(tokenizer),
         add_space_prefix=prefix,
     )
-
-
-def tokenizer_notes(folder: Path, tokenizer) -> list[str]:
-    """What is doubtful about a folder's tokenizer, as sentences.
-
-    transformers 5 reads every ``tokenizer.model`` of a ``LlamaTokenizer`` as BPE. Where it is Unigram (Sarashina), the
-    ids are other ones than in the base's own training; the GGUF has transformers' ids, as the adapter has.
-    """
-    path = folder / "tokenizer.model"
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if not path.is_file() or (folder / "tokenizer.json").is_file() or spec["model"]["type"] == "Unigram":
-        return []
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception:  # not SentencePiece's: transformers has read it as something else
-        return []
-    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
-        return []
-    return [
-        "tokenizer.model is Unigram, but transformers reads it as BPE for this tokenizer class: some texts get other ids than "
-        'the base was trained on. Set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json before training.'
-    ]
 
 
 def _merge_order(model: dict) -> dict[int, float]:

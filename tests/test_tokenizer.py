@@ -19,6 +19,7 @@ from tsugiki.quantize.convert import convert
 from tsugiki.quantize.parity import parity
 from tsugiki.quantize.texts import HARD_TEXTS, hard_texts
 from tsugiki.quantize.tokenizer import PRE_TOKENIZERS, gguf_vocabulary
+from tsugiki.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = [t for t in HARD_TEXTS if len(t) > 12]
@@ -69,7 +70,7 @@ def saved(tokenizer, folder):
 def compared(folder, texts, **settings):
     """The report of the conversion, the file, and its parity with what transformers loads from the folder."""
     report = convert(folder, folder / "model.gguf", **settings)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     return report, parity(folder / "model.gguf", tokenizer, {"texts": texts}, most=10_000), tokenizer
 
 
@@ -145,19 +146,22 @@ def test_a_space_before_the_first_text_only_is_exact_in_conversations(trained):
     assert {d["reason"] for d in plain.differences} == {"space"}
 
 
-def test_unigram_without_tokenizer_json(trained):
-    report, found, tokenizer = compared(folder_with(trained, "unigram-model", "unigram", cls="TokenizersBackend"), SENTENCES)
-    assert (report.tokenizer, report.notes) == ("t5", [])
+@pytest.mark.parametrize("cls", ["LlamaTokenizer", "TokenizersBackend"])
+def test_unigram_without_tokenizer_json_is_sentencepieces_own(trained, cls):
+    """Sarashina's files: the class says Llama, the model is Unigram, and transformers alone reads it as BPE."""
+    folder = folder_with(trained, f"unigram-{cls}", "unigram", cls=cls)
+    report, found, tokenizer = compared(folder, SENTENCES)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    plain = [t for t in SENTENCES if "<" not in t]
+    expected = [processor.encode(t) for t in plain]
+    assert tokenizer(plain, add_special_tokens=False)["input_ids"] == expected
+    assert tokenizer("猫")["input_ids"] == [1, *processor.encode("猫")]
+    assert [tokenizer.decode(ids) for ids in expected] == plain
+    assert (report.tokenizer, report.add_bos) == ("t5", True)
+    assert "tokenizer.model is Unigram" in report.notes[0]
     assert {d["reason"] for d in found.differences} <= {"unknown", "byte"}
     assert found.rate > 0.5
-    assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "Unigram"
-
-
-def test_a_unigram_model_that_transformers_reads_as_bpe_is_said(trained):
-    """Sarashina's files: the class says Llama, the model is Unigram."""
-    report, found, _ = compared(folder_with(trained, "unigram-llama", "unigram", legacy=True), SENTENCES)
-    assert "tokenizer.model is Unigram" in report.notes[0]
-    assert found.groups["texts"]["unexplained"] == 0
+    assert AutoTokenizer.from_pretrained(folder)(plain, add_special_tokens=False)["input_ids"] != expected
 
 
 @pytest.mark.parametrize(("regex", "ignore_merges"), [*PRE_TOKENIZERS, (None, False)], ids=[*PRE_TOKENIZERS.values(), "gpt-2"])
