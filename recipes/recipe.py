@@ -35,6 +35,7 @@ from tsugiki.samples import read_encoded, write_encoded
 BASES = Path(__file__).parent / "bases.yaml"
 STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate", "report")
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
+ENGINE = ("tsugiki.evaluate.engine", "tsugiki.evaluate.decoding", "tsugiki.evaluate.prefixes")
 LARGE = 500_000_000  # parameters from which a base wants a small rank and rate
 
 
@@ -419,7 +420,8 @@ def check_stage(run: Run) -> bool:
         "levels": stage_hash(run.folder / "levels", *(f"model-{level}.gguf" for level in run.settings.levels)),
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
-        "code": code_digest("tsugiki.quantize.check", "tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
+        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict", *ENGINE,
+                            "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -463,7 +465,7 @@ def evaluate_stage(run: Run) -> bool:
         "recommended": level,
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
         "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
-        "code": code_digest("tsugiki.evaluate.engine", "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",
+        "code": code_digest(*ENGINE, "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",
                             "tsugiki.evaluate.run", "tsugiki.evaluate.harness", "tsugiki.evaluate.tasks", "tsugiki.intervals",
                             "tsugiki.recipes.before_after"),
     }
