@@ -118,8 +118,10 @@ class Benchmark:
     @property
     def new_tokens(self) -> int:
         """The most tokens that an answer may have; 0 where nothing is generated."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         asked = (t.config.generation_kwargs or {} for t in self.tasks.values() if t.OUTPUT_TYPE == "generate_until")
-        return max((int(g.get("max_gen_toks", 256)) for g in asked), default=0)
+        return max((normalize_gen_kwargs(g)["max_gen_toks"] for g in asked), default=0)
 
 
 def load_benchmarks(
