@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 from gguf import GGMLQuantizationType
 
@@ -157,7 +158,7 @@ def available_memory() -> int:
 
 
 def memory_of(path: Path | str, *, n_ctx: int, vocab_size: int, kv_bytes: int) -> int:
-    """Bytes that one open file takes at most: weights, F16 cache (``kv_bytes`` a token), two blocks of logits, activations."""
+    """Bytes that one open file takes at most: weights, F16 cache (``kv_bytes`` a token), logits, activations."""
     return Path(path).stat().st_size + n_ctx * kv_bytes + 4 * BATCH * vocab_size + LOGIT_BYTES + (64 << 20)
 
 
@@ -182,16 +183,14 @@ def plan_groups(needs: Mapping[str, int], budget: int) -> list[list[str]]:
 def _compare(job: dict) -> dict:
     samples = read_encoded(Path(job["samples"]))
     with ExitStack() as stack:
-        engines = []
-        for file in job["files"].values():
-            say(at=file["path"])
-            kinds = {
-                key: GGMLQuantizationType[kind.upper()]
-                for key, kind in zip(("type_k", "type_v"), file.get("cache") or (None, None), strict=True)
-                if kind
-            }
-            engine = Engine(file["path"], n_ctx=job["n_ctx"], n_seq_max=WIDTH, flash_attention=job["fused"], **kinds)
-            engines.append(stack.enter_context(engine))
+        try:
+            engines = _open_all(stack, job, None)
+        except UserError:
+            if not llama_cpp.llama_supports_gpu_offload():
+                raise
+            # the files together do not fit on the GPU: all on the CPU, since two devices do not round alike
+            stack.close()
+            engines = _open_all(stack, job, 0)
         digest = None
         for engine in {e.path: e for e in engines[1:]}.values():
             digest = same_vocabulary(engines[0], engine, digest)
@@ -209,6 +208,21 @@ def _compare(job: dict) -> dict:
                             hint="The weights are damaged: make or copy the file again.")
     np.savez(job["out"], sample=np.concatenate(index), **arrays)
     return {"peak_rss": peak_rss()}
+
+
+def _open_all(stack: ExitStack, job: dict, n_gpu_layers: int | None) -> list[Engine]:
+    engines = []
+    for file in job["files"].values():
+        say(at=file["path"])
+        kinds = {
+            key: GGMLQuantizationType[kind.upper()]
+            for key, kind in zip(("type_k", "type_v"), file.get("cache") or (None, None), strict=True)
+            if kind
+        }
+        engine = Engine(file["path"], n_ctx=job["n_ctx"], n_seq_max=WIDTH, n_gpu_layers=n_gpu_layers,
+                        flash_attention=job["fused"], **kinds)
+        engines.append(stack.enter_context(engine))
+    return engines
 
 
 def same_vocabulary(first: Engine, other: Engine, digest: str | None = None) -> str | None:
@@ -248,10 +262,10 @@ def _lock_step(engines: Sequence[Engine], samples: Sequence[EncodedSample]) -> I
 def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
     """What each file makes of the same ``R`` positions; the first of the files is the reference ``p``.
 
-    ``KL(p ‖ q) = Σ p · (x_p − x_q) / Σ p − (lse_p − lse_q)`` over the whole vocabulary: the difference of logits is
-    nearly exact in float32, sums over 1,024 values are float32 (in numpy's pairwise order), their sums and
-    the log-sum-exps float64, and dividing by ``Σ p`` keeps a constant between the two files' logits out of the
-    rounding of ``p``. Rounding below zero is cut off. Rows are worked on a few at a time, in the processor's cache,
+    ``KL(p ‖ q) = Σ p · (x_p − x_q − c) / Σ p + c − (lse_p − lse_q)`` over the whole vocabulary, with ``c`` the last term in
+    float32, so that small numbers are summed. The difference of logits is nearly exact in float32; sums over 1,024
+    values are float32 (in numpy's pairwise order), their sums and the log-sum-exps float64. Dividing by ``Σ p`` keeps
+    the rounding of ``p`` out. What rounding leaves below zero is cut off. Rows are worked on a few at a time, in the processor's cache,
     by one thread a core.
 
     Args:
@@ -305,9 +319,11 @@ def _divergence(logits: Sequence[np.ndarray], targets: np.ndarray, p: np.ndarray
         own_top = own_five.max(axis=1)
         own = own_top.astype(np.float64) + np.log(exponentials(x, own_top, other))
         gap = np.subtract(reference, x, out=other[:, :width])
+        shift = (lse - own).astype(np.float32)
+        gap -= shift[:, None]
         gap *= p[:, :width]
         found["nll"][i] = own - x[row, targets]
-        found["kld"][i] = np.maximum(_sum(other) / mass - (lse - own), 0)
+        found["kld"][i] = np.maximum(_sum(other) / mass + (shift - (lse - own)), 0)
         found["top1"][i] = x[row, best] == own_top
         found["top5"][i] = (x[row[:, None], five] >= own_five.min(axis=1)[:, None]).mean(axis=1)
 
