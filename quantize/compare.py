@@ -27,7 +27,7 @@ from tsugiki.quantize.child import run_child, say, serve
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
 WIDTH = 8  # sequences decoded together: 16 took a third more time on a CPU, attention runs over all of them
-CHUNK = 131_072  # logits of one file that are worked on at a time: three such rows of float32 stay in the cache
+CHUNK = 131_072  # logits of one file that are worked on at a time: four such rows of float32 stay in the cache
 LEAF = 1024  # values summed in float32 before the sums are summed in float64
 BLOCK = 512  # logits of which the largest is found first, when the five largest of a row are wanted
 
@@ -262,9 +262,10 @@ def _lock_step(engines: Sequence[Engine], samples: Sequence[EncodedSample]) -> I
 def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
     """What each file makes of the same ``R`` positions; the first of the files is the reference ``p``.
 
-    ``KL(p ‖ q) = Σ p · (x_p − x_q − c) / Σ p + c − (lse_p − lse_q)`` over the whole vocabulary, with ``c`` the last term in
-    float32, so that small numbers are summed. The difference of logits is nearly exact in float32; sums over 1,024
-    values are float32 (in numpy's pairwise order), their sums and the log-sum-exps float64. Dividing by ``Σ p`` keeps
+    With each file's logits less their largest, ``u = x − max x``, and ``m = Σ exp u``:
+    ``KL(p ‖ q) = Σ p · (u_p − u_q) / Σ p − log(m_p / m_q)`` over the whole vocabulary. The differences are small numbers and
+    nearly exact in float32; sums over 1,024 values are float32 (in numpy's pairwise order), their sums and
+    the logarithms float64. Dividing by ``Σ p`` keeps
     the rounding of ``p`` out. What rounding leaves below zero is cut off. Rows are worked on a few at a time, in the processor's cache,
     by one thread a core.
 
@@ -283,10 +284,10 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
 
     def work(thread: int) -> None:
         # rows padded with zeros to whole leaves; written below width only
-        p, other = np.zeros((2, step, -(-width // LEAF) * LEAF), np.float32)
+        scratch = np.zeros((3, step, -(-width // LEAF) * LEAF), np.float32)
         for start in range(thread * step, number, threads * step):
             rows = slice(start, min(start + step, number))
-            _divergence([x[rows] for x in logits], targets[rows], p, other, {k: v[:, rows] for k, v in found.items()})
+            _divergence([x[rows] for x in logits], targets[rows], scratch, {k: v[:, rows] for k, v in found.items()})
 
     if threads == 1:
         work(0)
@@ -296,10 +297,11 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
     return found
 
 
-def _divergence(logits: Sequence[np.ndarray], targets: np.ndarray, p: np.ndarray, other: np.ndarray, found: dict) -> None:
+def _divergence(logits: Sequence[np.ndarray], targets: np.ndarray, scratch: Sequence[np.ndarray], found: dict) -> None:
     number, width = logits[0].shape
     row = np.arange(number)
-    p, other = p[:number], other[:number]
+    p, other = (x[:number] for x in scratch[:2])
+    below = scratch[2][:number, :width]  # the reference's logits less their largest
 
     def exponentials(x: np.ndarray, top: np.ndarray, out: np.ndarray) -> np.ndarray:
         np.subtract(x, top[:, None], out=out[:, :width])
@@ -311,19 +313,18 @@ def _divergence(logits: Sequence[np.ndarray], targets: np.ndarray, p: np.ndarray
     values = reference[row[:, None], five]
     best, top = five[row, values.argmax(axis=1)], values.max(axis=1)
     mass = exponentials(reference, top, p)
-    lse = top.astype(np.float64) + np.log(mass)
-    found["nll"][0] = lse - reference[row, targets]
+    np.subtract(reference, top[:, None], out=below)
+    found["nll"][0] = top + np.log(mass) - reference[row, targets]
     found["top1"][0] = found["top5"][0] = 1
     for i, x in enumerate(logits[1:], 1):
         own_five = x[row[:, None], _five_largest(x)]
         own_top = own_five.max(axis=1)
-        own = own_top.astype(np.float64) + np.log(exponentials(x, own_top, other))
-        gap = np.subtract(reference, x, out=other[:, :width])
-        shift = (lse - own).astype(np.float32)
-        gap -= shift[:, None]
+        log_mass = np.log(exponentials(x, own_top, other))
+        gap = np.subtract(x, own_top[:, None], out=other[:, :width])
+        np.subtract(below, gap, out=gap)
         gap *= p[:, :width]
-        found["nll"][i] = own - x[row, targets]
-        found["kld"][i] = np.maximum(_sum(other) / mass + (shift - (lse - own)), 0)
+        found["nll"][i] = own_top + log_mass - x[row, targets]
+        found["kld"][i] = np.maximum(_sum(other) / mass - (np.log(mass) - log_mass), 0)
         found["top1"][i] = x[row, best] == own_top
         found["top5"][i] = (x[row[:, None], five] >= own_five.min(axis=1)[:, None]).mean(axis=1)
 
