@@ -236,13 +236,17 @@ def show_benchmarks(rows: list[dict], missing: dict[str, str], limit: int | None
         return "–" if value is None else f"{100 * value:.1f}"
 
     only = f"; only the first {limit} items of each task: a trial, not a score" if limit else ""
-    table = plain_table(f"Benchmarks{only}", "task", "model", "metric", "value", "± s.e.", "n", "unparsed %", "truncated %", numbers=True)
+    table = plain_table(f"Benchmarks{only}", "task, metric", "value", "± s.e.", "n", "unparsed %", "truncated %", numbers=True)
+    table.columns[0].no_wrap = False  # a narrow terminal folds names, never numbers
+    for column in table.columns[1:]:
+        column.min_width = max(6, len(str(column.header)))
     shown = [r for r in rows if r["metric"].partition(",")[0] != "unparsed"]
-    order = list(dict.fromkeys((r["name"], r["metric"]) for r in shown))
-    for name, metric in order:
-        for r in (r for r in shown if (r["name"], r["metric"]) == (name, metric)):
-            style = "" if r["main"] else "dim"
-            table.add_row(escape(name), escape(r["model"]), escape(metric), f"{r['value']:.3f}", "–" if r["stderr"] is None else f"{r['stderr']:.3f}",
+    for name, metric in dict.fromkeys((r["name"], r["metric"]) for r in shown):
+        part = [r for r in shown if (r["name"], r["metric"]) == (name, metric)]
+        style = "" if part[0]["main"] else "dim"
+        table.add_row(escape(f"{name}, {metric}"), style="bold" if part[0]["main"] else "dim")
+        for r in part:
+            table.add_row(f"  {escape(r['model'])}", f"{r['value']:.3f}", "–" if r["stderr"] is None else f"{r['stderr']:.3f}",
                           f"{r['n']:,}", percent(r["unparsed"]), percent(r["truncated"]), style=style)
     stdout().print(table)
     for name, why in missing.items():
