@@ -80,6 +80,7 @@ class FitReport:
         peak_rss: bytes of resident memory, the process's highest so far.
         losses: nats/token of the completion, the mean of every five steps.
         micro_batch: samples a forward pass at the end: fewer than set where memory ran out.
+        resumed_at: the step of the checkpoint that the fit went on from; 0: it began anew.
     """
 
     train_tokens: int
@@ -88,6 +89,7 @@ class FitReport:
     peak_rss: int
     losses: list[float]
     micro_batch: int
+    resumed_at: int
 
 
 def device_name() -> str:
@@ -346,7 +348,8 @@ def fit(
     model.forward = types.MethodType(forward, model)
     began = time.monotonic()
     try:
-        mean = trainer.train(resume_from_checkpoint=last_checkpoint(work)).training_loss
+        checkpoint = last_checkpoint(work)
+        mean = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     except torch.OutOfMemoryError as error:  # in the optimizer's step
         raise UserError("out of memory in the optimizer's step", hint="`tsugiki adapt plan` says what fits.") from error
     finally:
@@ -361,6 +364,7 @@ def fit(
         peak_rss=peak_rss(),
         losses=[float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
         micro_batch=micro_batch,
+        resumed_at=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
     )
     model.eval()
     return model, report

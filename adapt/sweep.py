@@ -1,12 +1,13 @@
 """The sweep over sample counts: one adapter for each count, all scored on one frozen test set.
 
-Each point is a folder, written whole or not at all, and a trial of an Optuna study on disk. A killed sweep loses the
-points that were being trained and nothing else.
+Each point is a folder, written whole or not at all, and a trial of an Optuna study on disk. A killed sweep keeps its
+finished points; those that were being trained go on from their last checkpoint, where they had come to one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -14,12 +15,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from tsugiki.adapt.fit import FitSettings, device_name, fit, load_base
+from tsugiki.adapt.fit import FitReport, FitSettings, device_name, fit, load_base
 from tsugiki.adapt.forecast import forecast
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.adapt.optimum import Optimum, find_optimum
@@ -30,12 +31,16 @@ from tsugiki.machine import cpu_count
 from tsugiki.progress import console, progress
 from tsugiki.samples import EncodedSample, read_encoded
 
+MODES = ("epochs", "steps")
+NOT_OF_THE_RESULT = ("report_to", "checkpoint_minutes")  # settings that change no number
+
 
 @dataclass(frozen=True)
 class SweepSettings:
     """Which points to train."""
 
     counts: tuple[int, ...] = field(default=(250, 500, 1000, 2000, 4000), metadata={"help": "sample counts"})
+    mode: str = field(default="epochs", metadata={"help": "what all counts have in common: epochs, or steps (those of the largest count)"})
     seeds: tuple[int, ...] = field(default=(0,), metadata={"help": "one fit for each seed at each count"})
     workers: int = field(default=0, metadata={"help": "points at a time; 0: one a core on the CPU, one on a GPU"})
     test_items: int = field(default=1000, metadata={"help": "test samples scored for the test NLL, in hash order; 0: all"})
@@ -45,6 +50,10 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 1 or len(set(self.counts)) < len(self.counts):
             raise UserError(f"counts must be distinct whole numbers from 1 up, not {list(self.counts)}")
+        if self.mode not in MODES:
+            raise UserError(f"mode must be {' or '.join(MODES)}, not {self.mode!r}")
+        if self.mode == "steps" and self.fit.max_steps:
+            raise UserError(f"mode steps counts the steps itself, and max_steps is {self.fit.max_steps}", hint="Set one of the two.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must be distinct, not {list(self.seeds)}")
         if self.test_items < 0 or self.train_items < 1:
@@ -55,11 +64,15 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One finished point of the sweep; ``nll`` and ``train_nll`` in nats/token, ``bpc`` in bits per character."""
+    """One finished point of the sweep; ``nll`` and ``train_nll`` in nats/token, ``bpc`` in bits per character.
+
+    ``epochs``: passes over the samples, the last one maybe in part where the steps were given.
+    """
 
     n: int
     seed: int
     epochs: int
+    steps: int
     nll: float
     bpc: float
     train_nll: float
@@ -92,16 +105,20 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     left_out = sorted(set(settings.counts) - set(counts))
     if left_out:
         console.print(f"  [yellow]counts {left_out} left out: there are {len(train)} training samples[/]")
-    key = digest([asdict(settings.fit), settings.test_items, settings.train_items, _file_digest(data), fingerprint(base_dir), _code_digest()])
+    mode, settings = settings.mode, _settled(settings, max(counts))
+    told = {name: value for name, value in asdict(settings.fit).items() if name not in NOT_OF_THE_RESULT}
+    key = digest([told, settings.test_items, settings.train_items, _file_digest(data), fingerprint(base_dir), _code_digest()])
     # The longest fit first, so that the workers end together.
     wanted = [(n, seed) for n in sorted(counts, reverse=True) for seed in settings.seeds]
     base_folder = out / "points" / "base"
-    for leftover in [out / "progress", *(out / "points").glob(".*")]:  # of a killed sweep
+    stale = [f for f in (out / "unfinished").glob("*") if not f.name.startswith(key[:16])]
+    for leftover in [out / "progress", *(out / "points").glob(".*"), *stale]:  # of a killed sweep
         shutil.rmtree(leftover, ignore_errors=True)
     study = _study(out)
     missing = [p for p in wanted if not _is_done(_folder(out, *p), key)]
     base_missing = not _is_done(base_folder, key)
     _run_jobs(base_dir, data, out, settings, key, [None] * base_missing + missing, study)
+    shutil.rmtree(out / "unfinished", ignore_errors=True)
 
     base = read_json(base_folder / "point.json")
     points = [Point(**read_json(_folder(out, n, s) / "point.json")["point"]) for n in counts for s in settings.seeds]
@@ -128,7 +145,7 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
         "kept": {"n": best.n, "seed": best.seed},
         "test_items": len(test),
         "left_out": left_out,
-        "settings": {**asdict(settings), "device": device_name()},
+        "settings": {**asdict(settings), "mode": mode, "device": device_name()},
     }
     write_json(out / "sweep.json", result)
     return result
@@ -139,6 +156,14 @@ def _optimum_json(optimum: Optimum) -> dict:
         "n": optimum.n, "nll": optimum.nll, "nll_ci": list(optimum.nll_ci), "one_se_n": optimum.one_se_n,
         "p_best": optimum.p_best, "overfits_at": optimum.overfits_at,
     }
+
+
+def _settled(settings: SweepSettings, largest: int) -> SweepSettings:
+    """The settings with the number of steps written down, where all counts have as many as the largest count."""
+    if settings.mode == "epochs":
+        return settings
+    steps = settings.fit.epochs * math.ceil(largest / settings.fit.batch_size)
+    return replace(settings, mode="epochs", fit=replace(settings.fit, max_steps=steps))
 
 
 # --- points ---------------------------------------------------------------------------------------------------
@@ -168,7 +193,7 @@ def _file_digest(data: Path) -> str:
 
 def _code_digest() -> list[str]:
     """The code that a point's numbers come from."""
-    return [sha256_file(Path(__file__).with_name(name)) for name in ("fit.py", "nll.py")]
+    return [sha256_file(Path(__file__).with_name(name)) for name in ("fit.py", "loss.py", "nll.py")]
 
 
 def _workers(settings: SweepSettings) -> int:
@@ -202,7 +227,10 @@ def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
                         _show(bar, bars[job], _progress_file(out, job))
                     for future in finished:
                         job = futures[future]
-                        nll = future.result()
+                        try:
+                            nll = future.result()
+                        except UserError as error:
+                            raise _with_kept(error, bar.tasks[bars[job]].description, out, key) from error
                         if job:
                             study.tell(trials.pop(job), nll)
                         bar.update(bars[job], total=1, completed=1, note=f"test NLL {nll:.4f}")
@@ -218,6 +246,18 @@ def _run_jobs(base_dir, data, out, settings, key, jobs, study) -> None:
         for trial in trials.values():
             study.tell(trial, state=TrialState.FAIL)
         shutil.rmtree(out / "progress", ignore_errors=True)
+
+
+def _with_kept(error: UserError, label: str, out: Path, key: str) -> UserError:
+    """The error of a point, with the point's name and what is kept of the sweep."""
+    kept = [f.name for f in sorted((out / "points").glob("n*")) if _is_done(f, key)]
+    hint = " ".join(filter(None, [error.hint, f"Finished points are kept: {', '.join(kept)}." if kept else ""]))
+    return UserError(f"{label}: {error.message}", where=error.where, hint=hint or None)
+
+
+def _work(out: Path, key: str, n: int, seed: int) -> Path:
+    """Checkpoints of a fit under way: of these settings, data and base alone."""
+    return out / "unfinished" / f"{key[:16]}-n{n:06d}-s{seed}"
 
 
 def _progress_file(out: Path, job: tuple[int, int] | None) -> Path:
@@ -261,8 +301,8 @@ def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
         folder = _folder(out, n, seed)
         tokenizer = AutoTokenizer.from_pretrained(base_dir)
         trained, fitted = fit(
-            base_dir, tokenizer, train[:n], settings.fit, out / "progress" / f"work-n{n}-s{seed}",
-            seed=seed, progress_file=progress_file,
+            base_dir, tokenizer, train[:n], settings.fit, _work(out, key, n, seed),
+            seed=seed, progress_file=progress_file, logs=out / "logs" / f"n{n:06d}-s{seed}",
         )
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
@@ -279,13 +319,22 @@ def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
         train_nll = completion_nll(model, shown[: settings.train_items])
         np.save(temporary / "nats.npy", nll.nats, allow_pickle=False)
         point = Point(
-            n=job[0] if job else 0, seed=job[1] if job else 0, epochs=settings.fit.epochs if job else 0,
+            n=job[0] if job else 0, seed=job[1] if job else 0, epochs=_epochs(settings.fit, fitted, job[0]) if job else 0,
+            steps=fitted.steps if fitted else 0,
             nll=nll.per_token, bpc=bits_per_character(nll, test), train_nll=train_nll.per_token,
             train_tokens=fitted.train_tokens if fitted else 0, seconds=round(time.monotonic() - began, 2),
             peak_rss=fitted.peak_rss if fitted else 0, nll_by_kind=_by_kind(nll, test),
         )
-        write_json(temporary / "point.json", {"key": key, "point": asdict(point), "losses": fitted.losses if fitted else []})
+        write_json(temporary / "point.json", {
+            "key": key, "point": asdict(point), "losses": fitted.losses if fitted else [], "resumed_at": fitted.resumed_at if fitted else 0,
+        })
+    if job is not None:
+        shutil.rmtree(_work(out, key, *job), ignore_errors=True)
     return point.nll
+
+
+def _epochs(settings: FitSettings, fitted: FitReport, n: int) -> int:
+    return math.ceil(fitted.steps / math.ceil(n / settings.batch_size)) if settings.max_steps else settings.epochs
 
 
 def _exact(base_dir: Path, adapter: Path, trained, settings: SweepSettings):

@@ -123,6 +123,7 @@ def test_a_killed_fit_goes_on_from_its_checkpoint_to_the_same_losses(base, token
     resumed, report = fit(base, tokenizer, samples(), often, tmp_path / "b", progress_file=seen)
     assert len(report.losses) == 3 and report.losses == pytest.approx(expected.losses, abs=1e-6)
     assert (report.steps, report.train_tokens) == (expected.steps, expected.train_tokens)
+    assert (report.resumed_at, expected.resumed_at) == (5, 0)
     for name, p in adapter_parameters(resumed).items():
         assert torch.equal(p, adapter_parameters(whole)[name]), name
 

@@ -95,6 +95,7 @@ def test_the_points_are_prefixes_of_one_order(swept):
     assert [(p["n"], p["seed"], p["epochs"]) for p in result["points"]] == [(8, 0, 1), (16, 0, 1)]
     for p in result["points"]:  # every row has a length of its own
         assert p["train_tokens"] == sum(len(s.ids) for s in rows("train", 20)[: p["n"]])
+        assert p["steps"] == p["n"] / 4
 
 
 def test_counts_larger_than_the_data_are_left_out_and_said(swept):
@@ -164,7 +165,8 @@ def test_the_study_on_disk_holds_one_completed_trial_a_point(swept):
 
 def test_nothing_is_left_beside_the_points(swept):
     out, _ = swept
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", "points", "study.sqlite3", "sweep.json"]
+    kept = {p.name for p in out.iterdir()} - {"logs"}  # TensorBoard's, where it is installed
+    assert kept == {"adapter", "points", "study.sqlite3", "sweep.json"}
     assert sorted(p.name for p in (out / "points").iterdir()) == ["base", "n000008-s0", "n000016-s0"]
 
 
@@ -250,6 +252,61 @@ def test_a_killed_sweep_is_finished_by_the_next_call_and_leaves_no_process(base,
     assert states(out) <= {TrialState.COMPLETE, TrialState.FAIL}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_fit_that_was_killed_goes_on_from_its_checkpoint_to_the_same_losses(base, data, tmp_path):
+    def settings(minutes):
+        fit = replace(FIT, epochs=40, checkpoint_minutes=minutes)  # 160 steps
+        return SweepSettings(counts=(16,), workers=1, train_items=5, fit=fit)
+
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom tsugiki.adapt.fit import FitSettings\n"
+        "from tsugiki.adapt.sweep import SweepSettings, run_sweep\n"
+        "if __name__ == '__main__':\n"
+        f"    run_sweep(*map(Path, sys.argv[1:]), {settings(1e-9)!r})\n"
+    )
+    out = tmp_path / "out"
+    killed = subprocess.Popen([sys.executable, "-P", tmp_path / "run.py", base, data, out], cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not list(out.glob("unfinished/*/last.json")):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    while alive(killed.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (out / "points" / "n000016-s0").exists()
+
+    went_on, whole = run_sweep(base, data, out, settings(0)), run_sweep(base, data, tmp_path / "whole", settings(0))
+    resumed, alone = (read_json(d / "points" / "n000016-s0" / "point.json") for d in (out, tmp_path / "whole"))
+    assert 0 < resumed["resumed_at"] < 160 and alone["resumed_at"] == 0
+    assert len(resumed["losses"]) == 32 and resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+    assert went_on["points"][0]["nll"] == pytest.approx(whole["points"][0]["nll"], abs=1e-6)
+    assert not (out / "unfinished").exists()
+
+
+def test_equal_steps_give_every_count_the_steps_of_the_largest(base, data, tmp_path):
+    result = run_sweep(base, data, tmp_path, replace(SETTINGS, mode="steps", fit=replace(FIT, epochs=2)))
+    assert [(p["n"], p["steps"], p["epochs"]) for p in result["points"]] == [(8, 8, 4), (16, 8, 2)]
+    lengths = [sum(len(s.ids) for s in rows("train", 20)[:n]) for n in (8, 16)]
+    assert [p["train_tokens"] for p in result["points"]] == [4 * lengths[0], 2 * lengths[1]]
+    assert (result["settings"]["mode"], result["settings"]["fit"]["max_steps"]) == ("steps", 8)
+
+
+def test_a_point_that_fails_is_named_and_the_finished_ones_are_kept(base, data, tmp_path):
+    train = rows("train", 20)
+    train[12] = replace(train[12], completion_ids=[])  # of the second count alone
+    write_encoded(tmp_path / "data" / "train.jsonl", train)
+    write_encoded(tmp_path / "data" / "test.jsonl", rows("test", 12))
+    run_sweep(base, tmp_path / "data", tmp_path / "out", replace(SETTINGS, counts=(8,)))
+    before = times(tmp_path / "out")
+    with pytest.raises(UserError, match="16 samples: training samples: 1 problem") as caught:
+        run_sweep(base, tmp_path / "data", tmp_path / "out", SETTINGS)
+    assert "sample train12 has no completion token" in str(caught.value)
+    assert "Finished points are kept: n000008-s0." in caught.value.hint
+    assert times(tmp_path / "out") == before
+
+
 def test_a_failed_point_stops_the_sweep_with_its_reason(base, data, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
@@ -271,7 +328,7 @@ def test_too_few_samples_are_refused_with_both_numbers(base, data, tmp_path):
         run_sweep(base, data, tmp_path, SweepSettings())
 
 
-@pytest.mark.parametrize("wrong", [{"counts": ()}, {"counts": (0, 8)}, {"counts": (8, 8)}, {"seeds": ()}, {"seeds": (1, 1)}])
+@pytest.mark.parametrize("wrong", [{"mode": "tokens"}, {"mode": "steps", "fit": replace(FIT, max_steps=5)}, {"counts": ()}, {"counts": (0, 8)}, {"counts": (8, 8)}, {"seeds": ()}, {"seeds": (1, 1)}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SweepSettings(**wrong)
