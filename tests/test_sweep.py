@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tsugiki.adapt.fit import FitSettings, load_base
+from tsugiki.adapt.fit import FitSettings, fit, load_base
 from tsugiki.adapt.nll import bits_per_character, completion_nll
 from tsugiki.adapt.optimum import find_optimum
 from tsugiki.adapt.sweep import SweepSettings, run_sweep
@@ -59,8 +59,10 @@ def rows(split, count):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 20), ("test", 12)):
-        write_encoded(folder / f"{split}.jsonl", rows(split, count))
+    train = rows("train", 20)
+    train[18] = replace(train[18], completion_ids=[])  # only a count of more than 18 meets it
+    write_encoded(folder / "train.jsonl", train)
+    write_encoded(folder / "test.jsonl", rows("test", 12))
     return folder
 
 
@@ -255,8 +257,8 @@ def test_a_killed_sweep_is_finished_by_the_next_call_and_leaves_no_process(base,
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_fit_that_was_killed_goes_on_from_its_checkpoint_to_the_same_losses(base, data, tmp_path):
     def settings(minutes):
-        fit = replace(FIT, epochs=40, checkpoint_minutes=minutes)  # 160 steps
-        return SweepSettings(counts=(16,), workers=1, train_items=5, fit=fit)
+        long = replace(FIT, epochs=15, checkpoint_minutes=minutes)  # 60 steps
+        return SweepSettings(counts=(16,), workers=1, train_items=5, fit=long)
 
     (tmp_path / "run.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom tsugiki.adapt.fit import FitSettings\n"
@@ -277,11 +279,11 @@ def test_a_fit_that_was_killed_goes_on_from_its_checkpoint_to_the_same_losses(ba
         time.sleep(0.1)
     assert not (out / "points" / "n000016-s0").exists()
 
-    went_on, whole = run_sweep(base, data, out, settings(0)), run_sweep(base, data, tmp_path / "whole", settings(0))
-    resumed, alone = (read_json(d / "points" / "n000016-s0" / "point.json") for d in (out, tmp_path / "whole"))
-    assert 0 < resumed["resumed_at"] < 160 and alone["resumed_at"] == 0
-    assert len(resumed["losses"]) == 32 and resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
-    assert went_on["points"][0]["nll"] == pytest.approx(whole["points"][0]["nll"], abs=1e-6)
+    run_sweep(base, data, out, settings(0))
+    resumed = read_json(out / "points" / "n000016-s0" / "point.json")
+    _, alone = fit(base, AutoTokenizer.from_pretrained(base), rows("train", 20)[:16], settings(0).fit, tmp_path / "alone")
+    assert 0 < resumed["resumed_at"] < 60
+    assert len(resumed["losses"]) == 12 and resumed["losses"] == pytest.approx(alone.losses, abs=1e-6)
     assert not (out / "unfinished").exists()
 
 
@@ -293,18 +295,15 @@ def test_equal_steps_give_every_count_the_steps_of_the_largest(base, data, tmp_p
     assert (result["settings"]["mode"], result["settings"]["fit"]["max_steps"]) == ("steps", 8)
 
 
-def test_a_point_that_fails_is_named_and_the_finished_ones_are_kept(base, data, tmp_path):
-    train = rows("train", 20)
-    train[12] = replace(train[12], completion_ids=[])  # of the second count alone
-    write_encoded(tmp_path / "data" / "train.jsonl", train)
-    write_encoded(tmp_path / "data" / "test.jsonl", rows("test", 12))
-    run_sweep(base, tmp_path / "data", tmp_path / "out", replace(SETTINGS, counts=(8,)))
-    before = times(tmp_path / "out")
-    with pytest.raises(UserError, match="16 samples: training samples: 1 problem") as caught:
-        run_sweep(base, tmp_path / "data", tmp_path / "out", SETTINGS)
-    assert "sample train12 has no completion token" in str(caught.value)
-    assert "Finished points are kept: n000008-s0." in caught.value.hint
-    assert times(tmp_path / "out") == before
+def test_a_point_that_fails_is_named_and_the_finished_ones_are_kept(swept, base, data, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(swept[0], out)
+    before = times(out)
+    with pytest.raises(UserError, match="20 samples: training samples: 1 problem") as caught:
+        run_sweep(base, data, out, replace(SETTINGS, counts=(8, 16, 20)))
+    assert "sample train18 has no completion token" in str(caught.value)
+    assert "Finished points are kept: n000008-s0, n000016-s0." in caught.value.hint
+    assert times(out) == before
 
 
 def test_a_failed_point_stops_the_sweep_with_its_reason(base, data, tmp_path):
