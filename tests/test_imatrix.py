@@ -248,7 +248,7 @@ def test_bad_input_is_named_before_any_model_is_loaded(model, tmp_path):
 def test_an_interrupted_run_continues_where_it_was(model, tmp_path, monkeypatch):
     rows = chunks(6, 60)
     data = write_rows(tmp_path / "ids.jsonl", [{"ids": r} for r in rows])
-    whole = make_imatrix(model, tmp_path / "whole.gguf", domain=data, tokens=10_000)
+    whole = make_imatrix(model, tmp_path / "whole.gguf", domain=data, tokens=10_000, output=False)
     monkeypatch.setattr(imatrix, "SAVE_EVERY", 0)
     messages = []
 
