@@ -212,7 +212,7 @@ def working_bytes(
 def predict(
     base: Profile, *, sequence: int, rank: int, micro_batch: int, four_bit: bool, checkpointing: bool, learned: int | None = None
 ) -> Memory:
-    """Peak memory of a fit on a GPU.
+    """Peak memory of a fit on a GPU; the matrices that DoRA makes besides are not in it.
 
     Args:
         base: profile of the base.
