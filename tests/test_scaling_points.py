@@ -293,3 +293,15 @@ def test_the_printed_table_has_takase_and_hondas_budgets():
     reference = printed_reference(load_models())
     # their Table 3 gives Llama 3.1 1.8 % Japanese: 270 B of 15 T
     assert budget("Llama-3.1-8B-Instruct", reference.models, "ja", reference.rule).tokens == pytest.approx(270e9)
+
+
+@pytest.mark.parametrize("paper, expected", [("saito", 0.25), ("takase", 0.5)])
+def test_a_task_that_both_papers_define_is_read_by_the_laws_own_definition(tmp_path, paper, expected):
+    a_run(tmp_path, "tiny-llama")
+    for name, metric, value in (("tsugiki_takase_mgsm_ja", "exact_match", 0.5), ("tsugiki_saito_mgsm_ja", "acc", 0.25)):
+        replace_results(
+            tmp_path / "results.sqlite", "shop/tiny-llama", f"benchmark {name}",
+            [Result("shop/tiny-llama/base", "tiny-llama", "mgsm_ja", metric, value, n=250, settings={"task": name})],
+        )
+    (base, *_), _, _ = read_points(tmp_path, load_models(), BUNDLED, paper)
+    assert base.scores["mgsm_ja"].value == expected

@@ -159,7 +159,7 @@ def run_scaling(
         raise UserError("a score matrix is given and another is to be fetched", hint="Leave out --download, or --scores.")
     reference = own(scores, table) if scores else fetched(table, out) if download else published(table)
     say(reference.source)
-    points, known, notes = read_points(runs, reference.models, bases)
+    points, known, notes = read_points(runs, reference.models, bases, "takase" if reference.kind == "takase" else "saito")
     languages, unread = read_languages(runs)
     result = analyse(reference, points, known, languages=languages, say=say)
     result["notes"] = [*result["notes"], *notes, *unread]

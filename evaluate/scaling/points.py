@@ -28,7 +28,7 @@ from tsugiki.samples import read_encoded
 _RIGHT = ("exact_match", "acc", "accuracy")
 METRICS: dict[str, tuple[str, ...]] = {
     "jcom": _RIGHT, "mgsm_ja": _RIGHT, "jmmlu": _RIGHT, "mmlu": _RIGHT, "gsm8k": _RIGHT, "bbh": _RIGHT,
-    "openbookqa": _RIGHT, "hellaswag": _RIGHT, "xwino": _RIGHT, "triviaqa": _RIGHT, "squad2": _RIGHT,
+    "openbookqa": _RIGHT, "hellaswag": _RIGHT, "xwino": _RIGHT, "triviaqa": _RIGHT, "squad2": ("exact", *_RIGHT),
     "jemhopqa": ("char_f1",), "niilc": ("char_f1",), "jsquad": ("char_f1",), "xlsum_ja": ("rouge2", "rouge_2"),
     "wmt20_en_ja": ("bleu",), "wmt20_ja_en": ("bleu",), "jhumaneval": ("pass@1",), "humaneval": ("pass@1",),
     "niilcqa": ("exact_match",), "jaqket": ("exact_match",), "jmmlu_part": _RIGHT, "mmlu_prox_ja": _RIGHT,
@@ -103,7 +103,7 @@ class Placement:
 
 
 def read_points(
-    runs: Path | str, models: Mapping[str, ModelFacts], bases: Mapping[str, Base] | None = None
+    runs: Path | str, models: Mapping[str, ModelFacts], bases: Mapping[str, Base] | None = None, paper: str = "saito"
 ) -> tuple[list[Point], dict[str, ModelFacts], list[str]]:
     """Read base, adapted and quantized models of every run below ``runs``.
 
@@ -111,6 +111,7 @@ def read_points(
         runs: folder of runs (``<domain>/<base>/summary.json``, ``results.sqlite``).
         models: the table of models; a base is looked up in it by its name and its hub id.
         bases: the named bases, which say where a base comes from.
+        paper: ``saito`` or ``takase``: whose definition of a task counts where a model was scored by both (MGSM).
 
     Returns:
         the points, the table with their facts added (a point's budget is looked up there), and notes about runs
@@ -118,7 +119,7 @@ def read_points(
     """
     runs, points, notes = Path(runs), [], []
     table = dict(models)
-    rows = read_results(runs / "results.sqlite")
+    rows = _defined_by(paper, read_results(runs / "results.sqlite"))
     for path in sorted(runs.glob("*/*/summary.json")):
         run = path.parent.relative_to(runs).as_posix()
         try:
@@ -130,6 +131,16 @@ def read_points(
         points += found
         table |= {p.facts.name: p.facts for p in found}
     return points, table, notes
+
+
+def _defined_by(paper: str, rows: list[dict]) -> list[dict]:
+    """Rows without those of another paper's definition where the same model was scored by this paper's."""
+
+    def key(row: dict) -> tuple:
+        return row["run"], row["model"], row["task"]
+
+    ours = {key(r) for r in rows if str(r["settings"].get("task")).startswith(f"tsugiki_{paper}_")}
+    return [r for r in rows if key(r) not in ours or str(r["settings"].get("task")).startswith(f"tsugiki_{paper}_")]
 
 
 def _run_points(
