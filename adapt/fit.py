@@ -45,7 +45,7 @@ class FitSettings:
     dora: bool = field(default=False, metadata={"help": "learn each row's magnitude apart (DoRA); slower"})
     max_steps: int = field(default=0, metadata={"help": "optimizer steps, in place of epochs; 0: as many as the epochs have"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "minutes between checkpoints, from which a killed fit goes on; 0: none"})
-    report_to: str = field(default="auto", metadata={"help": "where curves are logged: tensorboard, wandb …, none; auto: TensorBoard where it is installed"})
+    report_to: str = field(default="auto", metadata={"help": "where curves are logged: tensorboard or wandb, none; auto: TensorBoard where it is installed"})
 
     def __post_init__(self) -> None:
         wrong = [

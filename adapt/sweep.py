@@ -27,9 +27,11 @@ from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
+from tsugiki.lineage import write_lineage
 from tsugiki.machine import cpu_count
 from tsugiki.progress import console, progress
 from tsugiki.samples import EncodedSample, read_encoded
+from tsugiki.tokenizers import load_tokenizer
 
 MODES = ("epochs", "steps")
 NOT_OF_THE_RESULT = ("report_to", "checkpoint_minutes")  # settings that change no number
@@ -281,7 +283,6 @@ def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
     import warnings
 
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore")
@@ -299,7 +300,7 @@ def _train_point(base_dir, data, out, settings, key, job, threads) -> float:
     else:
         n, seed = job
         folder = _folder(out, n, seed)
-        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        tokenizer = load_tokenizer(base_dir)
         trained, fitted = fit(
             base_dir, tokenizer, train[:n], settings.fit, _work(out, key, n, seed),
             seed=seed, progress_file=progress_file, logs=out / "logs" / f"n{n:06d}-s{seed}",
@@ -352,6 +353,7 @@ def _name_base(adapter: Path, base_dir: Path) -> None:
     config["base_model_name_or_path"] = base_dir.name
     write_json(adapter / "adapter_config.json", config)
     (adapter / "README.md").unlink(missing_ok=True)
+    write_lineage(adapter, base_dir)
 
 
 def _by_kind(nll: Nll, samples: Sequence[EncodedSample]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from tsugiki.evaluate.chat import render
 from tsugiki.evaluate.engine import Engine
 from tsugiki.evaluate.suites import TASKS, task_files
 from tsugiki.progress import progress
+from tsugiki.tokenizers import load_tokenizer
 
 BOS_POLICIES = ("never", "model")
 # Generation options of other backends that may stand in a task's YAML, with the values that change nothing.
@@ -315,7 +316,7 @@ def _load_tokenizer(source: str | Path, engine: Engine):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source) if Path(source).is_dir() else AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be loaded: {str(error).splitlines()[0]}", where=str(source)) from error
     largest = max(tokenizer.get_vocab().values())

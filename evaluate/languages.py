@@ -36,6 +36,7 @@ from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.engine import Engine
 from tsugiki.progress import progress
+from tsugiki.tokenizers import load_tokenizer
 
 CHUNK = 64  # sequences in one file: what a killed run repeats
 RESAMPLES = 1000
@@ -292,10 +293,10 @@ def _vllm(model: Path, settings: LanguageSettings, n_threads: int | None) -> Ite
             "a folder is sampled with vLLM, which is not installed", where=str(model),
             hint=f"Install vllm, or convert the model: tsugiki quantize convert --base {model} --out model.gguf",
         ) from None
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
         raise UserError("the tokenizer names neither BOS nor EOS: there is nothing to start from", where=str(model))

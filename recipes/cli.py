@@ -102,17 +102,16 @@ def recipe_init(
     force: Annotated[bool, typer.Option(help="Replace a domain of that name.")] = False,
 ) -> None:
     """Write domains/NAME.yaml for your own data, after checking every row, and show what was found."""
-    from transformers import AutoTokenizer
-
     from tsugiki.adapt.samples import FieldMapping
     from tsugiki.bases import resolve
     from tsugiki.recipes.domains import init_domain, show_found
     from tsugiki.recipes.recipe import BASES
+    from tsugiki.tokenizers import load_tokenizer
 
     if bool(prompt) != bool(completion) or (document and not prompt):
         raise UserError("--prompt and --completion are named together, and --document with them")
     fields = FieldMapping(prompt, completion, document or None) if prompt else None
-    tokenizer = AutoTokenizer.from_pretrained(resolve(base, load_bases(BASES)))
+    tokenizer = load_tokenizer(resolve(base, load_bases(BASES)))
     found = init_domain(name, file, fields=fields, tokenizer=tokenizer, force=force)
     show_found(found)
     console.print(f"Next: [bold]tsugiki recipe run {name}[/]" + (f" --base {escape(base)}" if base != "tiny-llama" else ""))
@@ -158,15 +157,15 @@ def adapt_preview(
 ) -> None:
     """Show in colour what training sees: read tokens grey, learnt tokens green, special tokens yellow."""
     from rich.text import Text
-    from transformers import AutoTokenizer
 
     from tsugiki.adapt.preview import first_of_each_kind, runs_of_tokens
     from tsugiki.recipes.recipe import base_folder, open_run, run_recipe
     from tsugiki.samples import read_encoded
+    from tsugiki.tokenizers import load_tokenizer
 
     run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
     run_recipe(run, ("data",))
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(run))
+    tokenizer = load_tokenizer(base_folder(run))
     train = read_encoded(run.folder / "data" / "train.jsonl")
     for s in first_of_each_kind(train, samples):
         text = Text()

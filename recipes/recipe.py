@@ -35,6 +35,7 @@ from tsugiki.samples import read_encoded, write_encoded
 BASES = Path(__file__).parent / "bases.yaml"
 STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate", "report")
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
+STEP_ITEMS = 100  # test items on which adapter, merged model, F16 and levels are compared step by step
 ENGINE = ("tsugiki.evaluate.engine", "tsugiki.evaluate.decoding", "tsugiki.evaluate.prefixes")
 LARGE = 500_000_000  # parameters from which a base wants a small rank and rate
 
@@ -45,6 +46,7 @@ class RecipeSettings:
 
     sweep: SweepSettings = field(default_factory=SweepSettings)
     levels: tuple[str, ...] = field(default=LEVELS, metadata={"help": "quantization levels to make"})
+    imatrix: bool = field(default=True, metadata={"help": "quantize with an importance matrix of the training data"})
     check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
     evaluate_items: int = field(default=500, metadata={"help": "test items scored before and after adaptation, in hash order"})
     check: CheckSettings = field(default_factory=CheckSettings)
@@ -141,7 +143,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
     names |= {f"evaluate.{f.name}": f for f in dataclasses.fields(BenchmarkChoice)}
-    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "check_items", "evaluate_items")}
+    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "imatrix", "check_items", "evaluate_items")}
     return names
 
 
@@ -228,17 +230,16 @@ def data_stage(run: Run) -> bool:
         "max_tokens": domain.max_tokens,
         "base": [fingerprint(run.base_dir), run.base.family],
         "told": [domain.title, domain.licence, domain.credit, domain.scoring],
-        "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
+        "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.tokenizers", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
     }
 
     def work(folder: Path) -> list[Path]:
-        from transformers import AutoTokenizer
-
         from tsugiki.adapt.samples import drop_long
         from tsugiki.chat import encode, end_of_turn_id, supply_template
+        from tsugiki.tokenizers import load_tokenizer
 
         base_dir = supply_template(run.base_dir, run.base.family, folder / "base")
-        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        tokenizer = load_tokenizer(base_dir)
         splits = load_splits(domain, run.data_dir)
         dropped = dict(splits.dropped)
         encoded = {}
@@ -294,7 +295,7 @@ def sweep_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
-        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
+        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.loss", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
                             "tsugiki.adapt.forecast", "tsugiki.intervals"),
     }
 
@@ -331,38 +332,35 @@ def gguf_stage(run: Run) -> bool:
         "sweep": stage_hash(run.folder / "sweep", "adapter"),
         "data": stage_hash(run.folder / "data", "test.jsonl"),
         "base": fingerprint(run.base_dir),
-        "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity",
-                            "tsugiki.quantize.texts"),
+        "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.families", "tsugiki.quantize.weights",
+                            "tsugiki.quantize.adapter", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity", "tsugiki.quantize.gate",
+                            "tsugiki.quantize.texts", "tsugiki.tokenizers", "tsugiki.lineage"),
     }
 
     def work(folder: Path) -> list[Path]:
-        from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         from tsugiki.quantize.convert import convert
+        from tsugiki.quantize.gate import GateSettings, check_gate, gate
         from tsugiki.quantize.levels import read_types
-        from tsugiki.quantize.parity import check_bos, logits_agreement, parity, template_texts
-        from tsugiki.quantize.texts import HARD_TEXTS
 
         transformers_logging.disable_progress_bar()  # a bar over the few tensors of a load says nothing
         base_dir, adapter = base_folder(run), run.folder / "sweep" / "adapter"
         out = folder / "model-F16.gguf"
         written = convert(base_dir, out, adapter, name=f"{run.base.name}-{run.domain.name}",
                           licence=run.base.licence or None, base_model=run.base.hub_id or run.base.name)
+        for note in written.notes:
+            console.print(f"  [yellow]{escape(note)}[/]")
         convert(base_dir, folder / "base-F16.gguf", name=run.base.name)
-        tokenizer = AutoTokenizer.from_pretrained(base_dir)
         test = read_encoded(run.folder / "data" / "test.jsonl")
-        texts = {
-            "domain": [s.prompt for s in test] + [s.completion for s in test],
-            "template": template_texts(tokenizer, [s.prompt for s in test], run.domain.system),
-            "hard": HARD_TEXTS,
-        }
-        same = parity(out, tokenizer, texts)
-        check_bos(same)
-        agreement = logits_agreement(out, base_dir, adapter, test)
+        # differences with a known reason are counted, not refused: what is trained, scored and compared is ids, not text
+        found = gate(out, base_dir, adapter, texts=[t for s in test for t in (s.prompt, s.completion)], samples=test,
+                     system=run.domain.system, settings=GateSettings(max_explained=1.0))
+        check_gate(found)
+        same, logits = found["ids"], found["logits"]
         console.print(
-            f"  token ids: {same.identical:,} of {same.texts:,} texts as in transformers; logits: KL {agreement.kl_mean:.1e} "
-            f"nats/token, NLL {agreement.nll_hf:.4f} → {agreement.nll_gguf:.4f}"
+            f"  token ids: {same['identical']:,} of {same['texts']:,} texts as in transformers; logits: KL {logits['kl_mean']:.1e} "
+            f"nats/token, NLL {logits['nll_hf']:.4f} → {logits['nll_gguf']:.4f}"
         )
         inside = read_types(out)
         write_json(
@@ -370,11 +368,11 @@ def gguf_stage(run: Run) -> bool:
             {
                 "path": out.name, "bytes": inside.bytes, "sha256": sha256_file(out), "bpw": inside.bpw, "types": inside.types,
                 "conversion": dataclasses.asdict(written) | {"path": out.name},
-                "parity": {"texts": same.texts, "identical": same.identical, "rate": same.rate},
-                "parity_groups": [{"group": g, **v} for g, v in same.groups.items()],
-                "differences": same.differences,
-                "template_identical": same.template, "bos": same.bos,
-                "logits": dataclasses.asdict(agreement),
+                "parity": {k: same[k] for k in ("texts", "identical", "rate")},
+                "parity_groups": [{"group": g, **v} for g, v in same["groups"].items()],
+                "differences": same["differences"],
+                "template_identical": same["template"], "templates": found["templates"], "bos": same["bos"], "stops": found["stops"],
+                "logits": logits,
             },
         )
         return [out, folder / "base-F16.gguf", folder / "gguf.json"]
@@ -387,22 +385,28 @@ def levels_stage(run: Run) -> bool:
     inputs = {
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": list(run.settings.levels),
-        "code": code_digest("tsugiki.quantize.levels"),
+        "imatrix": run.settings.imatrix and stage_hash(run.folder / "data", "train.jsonl"),
+        "code": code_digest("tsugiki.quantize.levels", "tsugiki.quantize.imatrix", "tsugiki.quantize.native", "tsugiki.quantize.child"),
     }
 
     def work(folder: Path) -> list[Path]:
+        from tsugiki.quantize.imatrix import make_imatrix
         from tsugiki.quantize.levels import make_level
 
         f16 = run.folder / "gguf" / "model-F16.gguf"
+        matrix = folder / "imatrix.gguf" if run.settings.imatrix else None
+        if matrix:
+            make_imatrix(f16, matrix, domain=run.folder / "data" / "train.jsonl")
         rows = []
         for level in run.settings.levels:
             out = folder / f"model-{level}.gguf"
-            made = make_level(f16, level, out)
+            made = make_level(f16, level, out, imatrix=matrix)
             rows.append({**dataclasses.asdict(made), "level": level, "path": out.name, "sha256": sha256_file(out)})
             console.print(f"  {level:<7} {made.bytes / 1e6:7.1f} MB  {made.bpw:5.2f} bits/weight"
                           + (f"  [yellow]{len(made.fallbacks)} tensors in another type[/]" if made.fallbacks else ""))
-        write_json(folder / "levels.json", {"levels": rows})
-        return [folder / f"model-{level}.gguf" for level in run.settings.levels] + [folder / "levels.json"]
+        write_json(folder / "levels.json", {"levels": rows, "imatrix": matrix.name if matrix else None})
+        files = [folder / f"model-{level}.gguf" for level in run.settings.levels] + [folder / "levels.json"]
+        return [*files, matrix] if matrix else files
 
     return run_stage(run.folder / "levels", inputs, work, console_title="quantization")
 
@@ -418,13 +422,16 @@ def check_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "test.jsonl"),
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": stage_hash(run.folder / "levels", *(f"model-{level}.gguf" for level in run.settings.levels)),
+        "steps": [fingerprint(run.base_dir), stage_hash(run.folder / "sweep", "adapter")],
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
-        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict", *ENGINE,
+        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict",
+                            "tsugiki.quantize.attribution", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
                             "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
     }
 
     def work(folder: Path) -> list[Path]:
+        from tsugiki.quantize.attribution import attribute
         from tsugiki.quantize.check import check
 
         data = read_json(run.folder / "data" / "data.json")
@@ -432,6 +439,10 @@ def check_stage(run: Run) -> bool:
         found = check(
             run.folder / "gguf" / "model-F16.gguf", _level_paths(run), test, settings=settings,
             scoring=run.domain.scoring, max_new_tokens=run.domain.max_new_tokens, end_of_turn=data["end_of_turn"],
+        )
+        found["attribution"] = attribute(
+            base_folder(run), run.folder / "sweep" / "adapter", {"F16": run.folder / "gguf" / "model-F16.gguf", **_level_paths(run)},
+            test[:STEP_ITEMS], settings=settings,
         )
         write_json(folder / "check.json", found)
         for row in found["levels"]:

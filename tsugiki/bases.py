@@ -420,10 +420,11 @@ def fingerprint(path: Path | str) -> str:
     """
     path = Path(path)
     files = sorted(f for f in path.iterdir() if f.is_file() and FINGERPRINT_FILES.fullmatch(f.name))
-    return digest([[f.name, _sampled_hash(f) if f.suffix == ".safetensors" else sha256_file(f)] for f in files])
+    return digest([[f.name, sampled_hash(f) if f.suffix == ".safetensors" else sha256_file(f)] for f in files])
 
 
-def _sampled_hash(file: Path) -> str:
+def sampled_hash(file: Path) -> str:
+    """SHA-256 of a safetensors file; of one over 64 MiB, of its size, its header and evenly spaced blocks."""
     size = file.stat().st_size
     if size <= FULL_HASH_BYTES:
         return sha256_file(file)

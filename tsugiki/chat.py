@@ -8,6 +8,7 @@ from pathlib import Path
 from tsugiki.artifacts import atomic_path, write_text
 from tsugiki.errors import UserError
 from tsugiki.samples import EncodedSample, Sample
+from tsugiki.tokenizers import load_tokenizer
 
 _SENTINEL = "接木接木"
 
@@ -41,9 +42,7 @@ def supply_template(base_dir: Path, family: str, out: Path) -> Path:
     Raises:
         UserError: the tokenizer has no EOS token either.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer = load_tokenizer(base_dir)
     if tokenizer.chat_template:
         return base_dir
     if tokenizer.eos_token is None:

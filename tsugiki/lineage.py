@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tsugiki.artifacts import digest, read_json, write_json
-from tsugiki.bases import _sampled_hash
+from tsugiki.bases import sampled_hash
 from tsugiki.errors import UserError
 
 LINEAGE = "base.json"
@@ -17,7 +17,7 @@ def weights_fingerprint(base_dir: Path | str) -> str:
     Files over 64 MiB are hashed in samples, as :func:`tsugiki.bases.fingerprint` does.
     """
     files = sorted(Path(base_dir).glob("*.safetensors"))
-    return digest([[f.name, _sampled_hash(f)] for f in files])
+    return digest([[f.name, sampled_hash(f)] for f in files])
 
 
 def write_lineage(adapter_dir: Path | str, base_dir: Path | str, name: str | None = None) -> None:
