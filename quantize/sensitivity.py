@@ -442,7 +442,7 @@ def heat_map(rows: Sequence[Mapping], *, title: str = "") -> str:
     kinds = list(dict.fromkeys(r["kind"] for r in layered))
     spans = sorted({tuple(r["layers"]) for r in layered})
     low, high = (f(max(r["kl"], NOTHING) for r in rows) for f in (min, max))
-    width, height, left, top = 74, 26, 150, 54
+    width, height, left, top = 74, 26, 150, 54 if title else 26
     parts = []
 
     def cell(x: int, y: int, row: Mapping) -> None:
@@ -452,7 +452,7 @@ def heat_map(rows: Sequence[Mapping], *, title: str = "") -> str:
         ink = "#fff" if share > 0.6 else "#222"
         text = "<1e-6" if row["kl"] < NOTHING else f"{row['kl']:.1e}"
         parts.append(f'<g><title>{escape(row["name"])}: {row["kl"]:.3e}</title><rect x="{x}" y="{y}" width="{width - 2}" '
-                     f'height="{height - 2}" rx="3" fill="{colour}"/><text x="{x + width / 2 - 1}" y="{y + 16}" fill="{ink}" '
+                     f'height="{height - 2}" rx="3" fill="{colour}"/><text x="{x + width / 2 - 1}" y="{y + 16}" style="fill:{ink}" '
                      f'text-anchor="middle">{escape(text)}</text></g>')
 
     for j, span in enumerate(spans):

@@ -49,10 +49,13 @@ class RecipeSettings:
     imatrix: bool = field(default=True, metadata={"help": "quantize with an importance matrix of the training data"})
     check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
     evaluate_items: int = field(default=500, metadata={"help": "test items scored before and after adaptation, in hash order"})
+    sensitivity_tokens: int = field(default=512, metadata={"help": "tokens on which each group of tensors is lowered alone, for the heat map; 0: none"})
     check: CheckSettings = field(default_factory=CheckSettings)
     evaluate: BenchmarkChoice = field(default_factory=BenchmarkChoice)
 
     def __post_init__(self) -> None:
+        if self.sensitivity_tokens < 0:
+            raise UserError(f"sensitivity_tokens must be at least 0, not {self.sensitivity_tokens}")
         for name in ("check_items", "evaluate_items"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -121,7 +124,8 @@ def settle(domain: Domain, changes: list[str], *, large: bool) -> RecipeSettings
     fit = FitSettings()
     if large:
         fit = FitSettings(rank=16, alpha=32, learning_rate=2e-4, epochs=3, batch_size=16, micro_batch=2)
-    settings = RecipeSettings(sweep=SweepSettings(fit=fit))
+    # of a large base the heat map costs 60 passes: on request
+    settings = RecipeSettings(sweep=SweepSettings(fit=fit), **({"sensitivity_tokens": 0} if large else {}))
     for key, value in domain.sweep.items():
         settings = _change(settings, f"sweep.{key}", value, where=f"{domain.path.name} (sweep.{key})")
     settings = dataclasses.replace(settings, check_items=domain.check_items)
@@ -143,7 +147,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
     names |= {f"evaluate.{f.name}": f for f in dataclasses.fields(BenchmarkChoice)}
-    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "imatrix", "check_items", "evaluate_items")}
+    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "imatrix", "check_items", "evaluate_items", "sensitivity_tokens")}
     return names
 
 
@@ -423,16 +427,18 @@ def check_stage(run: Run) -> bool:
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": stage_hash(run.folder / "levels", *(f"model-{level}.gguf" for level in run.settings.levels)),
         "steps": [fingerprint(run.base_dir), stage_hash(run.folder / "sweep", "adapter")],
+        "sensitivity": run.settings.sensitivity_tokens and [run.settings.sensitivity_tokens, run.settings.imatrix],
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
         "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict",
-                            "tsugiki.quantize.attribution", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
+                            "tsugiki.quantize.attribution", "tsugiki.quantize.sensitivity", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
                             "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
     }
 
     def work(folder: Path) -> list[Path]:
         from tsugiki.quantize.attribution import attribute
         from tsugiki.quantize.check import check
+        from tsugiki.quantize.sensitivity import sensitivity
 
         data = read_json(run.folder / "data" / "data.json")
         test = read_encoded(run.folder / "data" / "test.jsonl")[: run.settings.check_items]
@@ -444,6 +450,11 @@ def check_stage(run: Run) -> bool:
             base_folder(run), run.folder / "sweep" / "adapter", {"F16": run.folder / "gguf" / "model-F16.gguf", **_level_paths(run)},
             test[:STEP_ITEMS], settings=settings,
         )
+        if tokens := run.settings.sensitivity_tokens:
+            found["sensitivity"] = sensitivity(
+                run.folder / "gguf" / "model-F16.gguf", run.folder / "data" / "test.jsonl", tokens=tokens,
+                imatrix=run.folder / "levels" / "imatrix.gguf" if run.settings.imatrix else None,
+            )
         write_json(folder / "check.json", found)
         for row in found["levels"]:
             console.print(f"  {row['level']:<7} {row['verdict']:<12} ΔNLL {row['delta_nll']:+.4f}  KL {row['kld_mean']:.5f}  "

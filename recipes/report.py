@@ -20,6 +20,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup
 
 from tsugiki.artifacts import read_json, write_text
+from tsugiki.quantize.sensitivity import heat_map
 from tsugiki.recipes.summary import STAGES, level_changes, level_rows, read_stages, run_name
 
 Text = dict[str, str]
@@ -200,6 +201,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "because": _because(choice),
         "chosen": next((row for row in rows if choice and row["level"] == choice.get("level")), None),
         "reference": next((row for row in rows if row.get("verdict") == "reference"), {}),
+        "heat_map": Markup(heat_map(check["sensitivity"]["rows"])) if check.get("sensitivity") else None,
         "more_data": data_verdict(sweep) if sweep.get("points") else None,
         "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
         "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,

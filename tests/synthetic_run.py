@@ -122,6 +122,21 @@ def stage_files() -> dict[str, dict[str, Any]]:
         "check": {
             "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "samples": 240,
             "levels": checked,
+            "attribution": {
+                "samples": 100, "tokens": 700, "documents": 40, "dtype": "float32", "largest": "Q3_K_M",
+                "steps": [
+                    {"step": step, "before": before, "nll": 0.52 + kl / 2, "delta_nll": kl / 2, "delta_ci": [0.0, kl], "kld_mean": kl, "top1": 1 - kl}
+                    for step, before, kl in (("adapter", None, 0.0), ("merged", "adapter", 2e-8), ("F16", "merged", 3e-7), ("Q3_K_M", "F16", 0.06))
+                ],
+            },
+            "sensitivity": {
+                "low": "Q3_K", "tokens": 512, "passes": 6, "all": 0.05, "sum": 0.06,
+                "rows": [
+                    *({"name": f"blk.{i}.{kind}", "kind": kind, "layers": [i, i], "kl": 1e-4 * (i + 1) * k}
+                      for i in range(2) for k, kind in enumerate(("attn_k", "ffn_down"), 1)),
+                    {"name": "output", "kind": "output", "layers": None, "kl": 0.015},
+                ],
+            },
             "recommended": {
                 "level": "Q4_K_M",
                 "why": {"en": "Q4_K_M (4.1 MB): the smallest file that passes.", "ja": "Q4_K_M(4.1 MB):合格した中で最小のファイルです。"},

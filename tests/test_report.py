@@ -206,6 +206,17 @@ def test_the_curve_is_put_into_words(counts, best, one_se, overfits_at, kind):
     assert data_verdict(sweep)["kind"] == kind
 
 
+def test_the_steps_and_the_heat_map_are_shown_where_they_were_measured(tmp_path):
+    text = write_report(write_run(tmp_path / "with")).read_text(encoding="utf-8")
+    assert outline(text).problems == []
+    assert "Adapter, not merged" in text and "3.0e-07" in text
+    assert "<title>blk.1.ffn_down: 4.000e-04</title>" in text and "Where quantization hurts" in text
+    stages = stage_files()
+    del stages["check"]["attribution"], stages["check"]["sensitivity"]
+    without = write_report(write_run(tmp_path / "without", stages)).read_text(encoding="utf-8")
+    assert "Adapter, not merged" not in without and "Where quantization hurts" not in without
+
+
 def test_a_forecast_of_no_gain_is_said_although_the_largest_count_is_best(tmp_path):
     ahead = {"a": 3.0, "b": 1.5, "c": 0.8, "at": 2000, "nll": 0.99, "nll_ci": [0.98, 1.0], "gain": 0.005, "gain_ci": [0.0, 0.01],
              "backcast": {"n": 1000, "predicted": 1.0, "measured": 0.995}, "answer": "no"}
