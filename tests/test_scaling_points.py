@@ -25,7 +25,7 @@ from tsugiki.evaluate.scaling.points import (
     read_points,
     tokens_by_language,
 )
-from tsugiki.evaluate.scaling.tables import ModelFacts, load_models
+from tsugiki.evaluate.scaling.tables import ModelFacts, find_model, load_models
 from tsugiki.recipes.cli import app
 from tsugiki.recipes.recipe import BASES
 from tsugiki.results import Result, replace_results
@@ -106,11 +106,20 @@ def test_a_hub_base_has_the_budget_of_the_published_table(tmp_path):
 
 
 def test_a_base_of_unknown_tokens_is_said_to_be_so(tmp_path):
-    a_run(tmp_path, "qwen3-8b")
+    a_run(tmp_path, "elyza-jp-8b")  # its continued tokens were not found
     (base, *_), table, _ = read_points(tmp_path, load_models(), BUNDLED)
     placed = place(base, a_law(), ["niilc"], table)
     assert placed.log_budget is None and placed.value is None
     assert "not known" in placed.sentence and any("--models" in note for note in base.notes)
+
+
+def test_every_base_of_the_hub_that_the_recipe_names_is_in_the_table_with_its_size():
+    table = load_models()
+    for base in BUNDLED.values():
+        if base.hub_id:
+            found = find_model(base.hub_id, table)
+            assert found is not None, base.hub_id
+            assert found.parameters == pytest.approx(base.parameters, rel=0.06), base.hub_id  # the papers print whole billions
 
 
 def test_a_torn_run_is_told_and_the_others_are_read(tmp_path):

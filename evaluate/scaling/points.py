@@ -176,7 +176,8 @@ def base_facts(name: str, models: Mapping[str, ModelFacts], bases: Mapping[str, 
     found = find_model(named.hub_id, models) if named and named.hub_id else None
     found = found or find_model(name, models)
     if found is not None:
-        return found, ""
+        unknown = not found.added and all(found.tokens(language) is None for language in LANGUAGES)
+        return found, f"The training tokens of {found.name} were not found: add a row for it with --models." if unknown else ""
     size = float(named.parameters) if named and named.parameters else None
     sources = dict.fromkeys(("parameters", "active_parameters"), ("reported", "list of bases")) if size else {}
     facts = ModelFacts(
