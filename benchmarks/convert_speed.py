@@ -1,6 +1,6 @@
 """Convert and merge: ours against PEFT's merge_and_unload, save_pretrained and llama.cpp's own converter, side by side.
 
-    tsugiki's checkout: TSUGIKI_LLAMA_CPP=DIR python -P benchmarks/convert_speed.py --out convert.json
+    tsugiki's checkout: TSUGIKI_LLAMA_CPP=DIR python -P benchmarks/convert_speed.py --json convert.json
 
 A random-weight Llama-3 of about 1B parameters in bfloat16 with the real Llama-3 tokenizer (read from
 ``models/ggml-vocab-llama-bpe.gguf`` of the source tree) and a LoRA adapter of rank 16 on all linear layers. DIR is a
@@ -8,7 +8,8 @@ llama.cpp source tree: llama-cpp-python's source archive holds one (``pip downlo
 then ``vendor/llama.cpp``); nothing of it has to be built.
 
 Each way runs in child processes of its own, in turn, ``--repeats`` times. Wall time is the median; memory is the largest
-resident set of any process of a way (VmHWM); extra disk is what lies on the disk beside the finished file. Then, with
+resident set of any process of a way (VmHWM); extra disk is what a way leaves on the disk beside its inputs and its file
+(temporary files that are gone at the end are not seen). Then, with
 ``--large``, one conversion at 8B shapes (Llama-3.1-8B: 16 GB of weights, each layer the same random bytes, and 16 GB of
 GGUF) for its memory alone.
 """
@@ -22,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,13 +167,18 @@ def compare(work: Path, tree: Path, repeats: int) -> dict:
     job = {"base": str(work / "base"), "adapter": str(work / "adapter"), "merged": str(work / "merged"), "tree": str(tree)}
     ways: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(repeats):
+        for leftover in ("ours.gguf", "theirs.gguf"):
+            (work / leftover).unlink(missing_ok=True)
+        shutil.rmtree(work / "merged", ignore_errors=True)
+        before = size(work)
         one = run(OURS, job | {"out": str(work / "ours.gguf")})
-        ways["ours"].append(one | {"disk": 0})
+        ways["ours"].append(one | {"disk": size(work) - before - size(work / "ours.gguf")})
+        before = size(work)
         merge = run(MERGE, job)
         upstream = run(UPSTREAM, job | {"out": str(work / "theirs.gguf")})
         ways["theirs"].append({
             "seconds": merge["seconds"] + upstream["seconds"], "memory": max(merge["memory"], upstream["memory"]),
-            "disk": size(work / "merged"), "merge_seconds": merge["seconds"], "convert_seconds": upstream["seconds"],
+            "disk": size(work) - before - size(work / "theirs.gguf"), "merge_seconds": merge["seconds"], "convert_seconds": upstream["seconds"],
         })
     result = {
         way: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for way, rows in ways.items()
@@ -199,22 +206,24 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=os.environ.get("TSUGIKI_LLAMA_CPP"), help="a llama.cpp source tree")
-    parser.add_argument("--work", type=Path, default=Path("work-convert"), help="where models and files go; deleted at the end")
-    parser.add_argument("--out", type=Path, help="where to write the numbers as JSON")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder in which a temporary one for models and files is made")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--shape", choices=["tiny", "1b"], default="1b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="also one conversion at 8B shapes: 33 GB of disk")
     args = parser.parse_args()
     if not args.tree or not (Path(args.tree) / "convert_hf_to_gguf.py").is_file():
         parser.error("--tree (or TSUGIKI_LLAMA_CPP) names no llama.cpp source tree")
-    tree, work = Path(args.tree).resolve(), args.work.resolve()
+    tree = Path(args.tree).resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=args.work.resolve(), prefix="convert-speed-"))
     try:
         make_base(work / "base", args.shape, tree)
         make_adapter(work / "adapter", work / "base")
         result = {"shape": args.shape, "parameters": size(work / "base") // 2, "repeats": args.repeats, "targets": TARGETS}
         result |= compare(work, tree, args.repeats)
-        shutil.rmtree(work)
         if args.large:
+            shutil.rmtree(work)
             make_base(work / "base", "8b", tree)
             make_adapter(work / "adapter", work / "base")
             job = {"base": str(work / "base"), "adapter": str(work / "adapter"), "out": str(work / "large.gguf")}
@@ -222,8 +231,8 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     show(result)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def show(result: dict) -> None:
