@@ -19,6 +19,9 @@ _KEY = re.compile(
     r"|(?:modules_to_save\.|base_layer\.)?weight(?P<whole>))"
 )
 
+# Beginnings of PEFT's init_lora_weights that take something away from the base's weights before training.
+_CHANGES_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+
 
 @dataclass(frozen=True)
 class Update:
@@ -119,13 +122,27 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], tied: bool
             problems.append(f"{name}: the adapter's tensor is {stored.shape}, the base's {shapes[name]}")
         else:
             updates[name] = Update(**{**vars(updates.get(name, Update())), "replacement": stored})
-    raise_problems(
-        problems, what=f"{path}: the adapter does not fit the base",
-        hint=f"It was trained on {config.get('base_model_name_or_path')!r}.",
-    )
+    hint = f"It was trained on {config.get('base_model_name_or_path')!r}."
+    rows = {n: u for n, u in _rows_of(parts, whole).items() if n in shapes and u != shapes[n][0]}
+    if rows:  # the tokenizer was extended, which resizes both
+        hint += (f" Its vocabulary has {max(rows.values()):,} tokens, the base's {shapes[next(iter(rows))][0]:,}: give the base the same size "
+                 "first (resize_token_embeddings(…), save_pretrained), and convert with that.")
+    raise_problems(problems, what=f"{path}: the adapter does not fit the base", hint=hint)
     if not updates:
         raise UserError("the adapter holds no weights", where=str(path))
     return Adapter(folder, updates, keeps_ties, float(config["lora_alpha"]))
+
+
+def _rows_of(parts: Mapping[str, Mapping[str, Stored]], whole: Mapping[str, Stored]) -> dict[str, int]:
+    """Rows that the adapter takes embeddings and output layer to have."""
+    found = {n: s.shape[0] for n, s in whole.items() if n in (EMBEDDINGS, OUTPUT)}
+    for name in (EMBEDDINGS, OUTPUT):
+        part = parts.get(name.removesuffix(".weight"), {})
+        if "lora_embedding_A" in part:
+            found[name] = part["lora_embedding_A"].shape[-1]
+        elif "lora_B" in part:
+            found[name] = part["lora_B"].shape[0]
+    return found
 
 
 def read_adapter_config(folder: Path) -> dict:
@@ -143,6 +160,14 @@ def read_adapter_config(folder: Path) -> dict:
         raise UserError(f"not a JSON file: {error}", where=str(path)) from None
     if not isinstance(config, dict):
         raise UserError("not a JSON object", where=str(path))
+    start = str(config.get("init_lora_weights")).lower()
+    if name := next((n for n in _CHANGES_BASE if start.startswith(n)), None):
+        raise UserError(
+            f"init_lora_weights is {config['init_lora_weights']!r}: {_CHANGES_BASE[name]} changed the base before training, so the "
+            "adapter does not fit the base as it was", where=str(path),
+            hint="Train from another initialisation." if name == "loftq" else
+            "Save it as a plain LoRA: PEFT's save_pretrained with path_initial_model_for_weight_conversion.",
+        )
     unsupported = {
         f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
         f"trained biases (bias {config.get('bias')!r})": config.get("bias", "none") != "none",
@@ -152,6 +177,9 @@ def read_adapter_config(folder: Path) -> dict:
         "aLoRA (it changes the model from an invocation on)": config.get("alora_invocation_tokens"),
         "LoRA on fused experts (target_parameters)": config.get("target_parameters"),
         "trainable_token_indices": config.get("trainable_token_indices"),
+        "KaSA (it changes the base)": config.get("kasa_config"),
+        "BD-LoRA (block-diagonal matrices)": config.get("use_bdlora"),
+        "Arrow (it routes among adapters)": config.get("arrow_config"),
         "layers copied by layer_replication": config.get("layer_replication"),
     }
     raise_problems(

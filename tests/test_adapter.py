@@ -277,10 +277,50 @@ def refused(base, tmp_path, adapter):
     ({"peft_type": "IA3"}, "peft_type IA3"), ({"bias": "all"}, "trained biases (bias 'all')"), ({"lora_bias": True}, "lora_bias"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "fused experts"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"use_dora": True}, "a magnitude is missing"),
+    ({"init_lora_weights": "pissa_niter_4"}, "PiSSA changed the base before training"), ({"init_lora_weights": "olora"}, "OLoRA changed the base"),
+    ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"), ({"init_lora_weights": "loftq"}, "LoftQ changed the base"),
+    ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base"), ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+    ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"), ({"arrow_config": {"top_k": 3}}, "Arrow"),
     ({"r": 5}, "ranks 4 (A), 4 (B) and 5 (adapter_config.json) differ"), ({"r": 0}, "r is 0"), ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
 ])
 def test_kinds_that_would_be_merged_wrongly_are_refused_by_name(llama, plain, tmp_path, config, sentence):
     assert sentence in refused(llama, tmp_path, changed(plain, tmp_path / "a", **config))
+
+
+def test_a_pissa_adapter_of_pefts_own_is_refused_and_its_converted_form_is_merged(work, llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    model = get_peft_model(load_reference(llama, None), settings)
+    model.peft_config["default"].init_lora_weights = True  # or PEFT would initialise again when it reads it back
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "lora_" in key:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(tmp_path / "raw")
+    assert "PiSSA" in refused(llama, tmp_path, tmp_path / "raw")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    convert(llama, tmp_path / "model.gguf", tmp_path / "plain", dtype="f32")
+    written = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    expected = model.merge_and_unload().state_dict()["model.layers.1.mlp.down_proj.weight"].numpy()
+    np.testing.assert_allclose(written["blk.1.ffn_down.weight"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_of_a_larger_vocabulary_says_how_to_resize_the_base(work, llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = load_reference(llama, None)
+    rows = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(rows + 3)
+    for name, form in (("saved", {"modules_to_save": ["embed_tokens", "lm_head"]}), ("lora", {"target_modules": ["embed_tokens", "q_proj"]})):
+        settings = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | form)
+        get_peft_model(base, settings).save_pretrained(tmp_path / name)
+        said = refused(llama, tmp_path, tmp_path / name)
+        assert f"{rows + 3:,} tokens, the base's {rows:,}" in said and "resize_token_embeddings" in said
+        base = load_reference(llama, None)
+        base.resize_token_embeddings(rows + 3)
 
 
 def test_every_tensor_that_does_not_belong_is_named(llama, plain, tmp_path):
