@@ -113,6 +113,18 @@ def test_a_base_of_unknown_tokens_is_said_to_be_so(tmp_path):
     assert "not known" in placed.sentence and any("--models" in note for note in base.notes)
 
 
+def test_a_base_without_printed_tokens_is_placed_by_a_papers_convention_and_the_sentence_says_which(tmp_path):
+    """15,000 B of Llama 3.1 and 210 B continued: 225 B Japanese by Saito et al.; Qwen2.5 has a share in Table 3 alone, 0.8 %."""
+    for name, tokens, said in (("swallow-8b", 225e9, "Saito et al.'s A.3"), ("qwen2.5-7b", 144e9, "Takase & Honda's Table 3")):
+        a_run(tmp_path / name, name, scores={"base": [("niilc", "char_f1", 0.5)]})
+        (base, adapted, _), table, _ = read_points(tmp_path / name, load_models(), BUNDLED)
+        placed = place(base, a_law(), ["niilc"], table)
+        assert placed.log_budget == pytest.approx(math.log10(base.facts.parameters * tokens)), name
+        assert placed.value == pytest.approx(50) and said in placed.sentence and placed.convention in said
+        assert said in place(adapted, a_law(), ["niilc"], table).sentence  # not scored, expected all the same
+        assert 0 < moved(adapted, table)["ja"] < 1e-6
+
+
 def test_every_base_of_the_hub_that_the_recipe_names_is_in_the_table_with_its_size():
     table = load_models()
     for base in BUNDLED.values():

@@ -37,7 +37,16 @@ from tsugiki.evaluate.scaling.factors import (
 )
 from tsugiki.evaluate.scaling.laws import AXES, Law, Refused, fit_component_law, fit_law, predict
 from tsugiki.evaluate.scaling.missing import fill, fit_missing_law, fit_ppca
-from tsugiki.evaluate.scaling.points import METRICS, Placement, Point, moved, place, read_languages, read_points
+from tsugiki.evaluate.scaling.points import (
+    METRICS,
+    Placement,
+    Point,
+    moved,
+    own_budget,
+    place,
+    read_languages,
+    read_points,
+)
 from tsugiki.evaluate.scaling.tables import (
     COMMIT,
     DATA,
@@ -545,15 +554,15 @@ def _languages(own: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     return found
 
 
-def _budgets(facts: ModelFacts | None, table: Mapping[str, ModelFacts], rule: Convention) -> dict[str, Any]:
+def _budgets(facts: ModelFacts | None, table: Mapping[str, ModelFacts], rule: Convention, *, own: bool = False) -> dict[str, Any]:
     if facts is None:
         return {}
     rows = {}
     for language in LANGUAGES:
-        b = budget(facts, table, language, rule)
+        b, used = own_budget(facts, table, language, rule) if own else (budget(facts, table, language, rule), rule)
         rows[language] = {
             "parameters": b.parameters, "tokens": b.tokens, "value": b.value, "flops": b.flops, "log10": b.log10,
-            "kind": b.kind, "explanation": b.explanation,
+            "kind": b.kind, "explanation": b.explanation, "convention": used.name,
         }  # fmt: skip
     return rows
 
@@ -595,7 +604,7 @@ def _point_row(
         "run": point.run,
         "kind": point.kind,
         "size_bytes": point.facts.size_bytes,
-        "budgets": _budgets(point.facts, table, rule),
+        "budgets": _budgets(point.facts, table, rule, own=True),
         "moved": moved(point, table, rule),
         "scores": {task: dataclasses.asdict(s) for task, s in point.scores.items()},
         "placements": placements,

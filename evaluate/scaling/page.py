@@ -30,6 +30,10 @@ KINDS = {
     "assumed": ("仮定", "assumed"),
     "unknown": ("不明", "unknown"),
 }
+CONVENTIONS_JA = {
+    "Saito et al.": "（このモデルのトークン数は、直線と同じSaitoらのA.3の数え方による推定です。）",
+    "Takase & Honda": "（このモデルのトークン数は高瀬・本田の表3による推定で、直線のモデルとは数え方が違います。差は割り引いて読んでください。）",
+}
 POINT_KINDS = {"base": ("ベース", "base"), "adapted": ("適応後", "adapted"), "quantized": ("量子化", "quantized")}
 _NOTES = (
     (r"only (\d+) points: .*", r"点が\1個しかなく、目安にとどまります"),
@@ -157,6 +161,7 @@ def _said(point: Mapping[str, Any], axes: Mapping[str, str]) -> list[dict[str, s
     for q in point["placements"]:
         if q["value"] is not None:
             ja = f"{q['law']}：{q['value']:.1f}点。この{AXIS_NAMES[axes[q['key']]][0][:-4]}で見込まれるのは{q['predicted']:.1f}点（{q['low']:.1f}〜{q['high']:.1f}）、差は{q['residual']:+.1f}点。".replace("-", "−")
+            ja += CONVENTIONS_JA.get(q.get("convention") or "", "")
             if q["extrapolated"]:
                 ja += "公開モデルの範囲の外なので、読み取れることはありません。"
             rows.append({"ja": ja, "en": q["sentence"]})

@@ -18,7 +18,17 @@ from typing import Any
 from tsugiki.artifacts import read_json
 from tsugiki.bases import Base
 from tsugiki.errors import UserError
-from tsugiki.evaluate.scaling.budgets import PRINTED, Budget, Convention, adapted, budget, from_folder, quantized
+from tsugiki.evaluate.scaling.budgets import (
+    PRINTED,
+    SAITO,
+    Budget,
+    Convention,
+    adapted,
+    budget,
+    from_folder,
+    quantized,
+    takase,
+)
 from tsugiki.evaluate.scaling.laws import Law, predict
 from tsugiki.evaluate.scaling.tables import LANGUAGES, ModelFacts, find_model
 from tsugiki.results import read_results
@@ -87,6 +97,7 @@ class Placement:
         residual: value − predicted.
         extrapolated: the budget lies outside those of the law's points.
         sentence: what this says, or why there is nothing to say.
+        convention: by which its tokens were counted where none are printed for it; else "".
     """
 
     point: str
@@ -100,6 +111,7 @@ class Placement:
     residual: float | None = None
     extrapolated: bool | None = None
     sentence: str = ""
+    convention: str = ""
 
 
 def read_points(
@@ -264,6 +276,34 @@ def read_languages(runs: Path | str) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, notes
 
 
+def own_budget(
+    facts: ModelFacts, models: Mapping[str, ModelFacts], language: str, rule: Convention = PRINTED
+) -> tuple[Budget, Convention]:
+    """The budget of a model of the user's, and the convention it was counted by.
+
+    ``rule``; where nothing is printed for the model, Saito et al.'s appendix A.3 (what the printed figures are made by),
+    then Takase & Honda's Table 3, whose shares are others: for Llama 3 18 times as much Japanese.
+    """
+    have = budget(facts, models, language, rule)
+    if have.value is None and rule == PRINTED:
+        for other in (SAITO, takase()):
+            try:
+                guess = budget(facts, models, language, other)
+            except UserError:  # its shares contradict what is known of this model
+                continue
+            if guess.value is not None:
+                return guess, other
+    return have, rule
+
+
+def _counted(used: Convention, rule: Convention) -> str:
+    if used == rule:
+        return ""
+    if used == SAITO:
+        return " (its tokens by Saito et al.'s A.3, as the law's own are made)"
+    return f" (its tokens by {used.name}'s Table 3: another convention than the law's, so read the residual with care)"
+
+
 def place(
     point: Point, law: Law, tasks: Iterable[str], models: Mapping[str, ModelFacts], rule: Convention = PRINTED,
 ) -> Placement:
@@ -273,13 +313,14 @@ def place(
         value, prediction interval and residual; or a sentence: the budget is unknown, the law's unit is not points,
         a task has no score or one by another metric.
     """
-    have = budget(point.facts, models, law.axis, rule)
+    have, used = own_budget(point.facts, models, law.axis, rule)
+    counted = _counted(used, rule)
     log_budget = have.log10 if math.isfinite(have.log10) else None
     expected = predict(law, log_budget) if log_budget is not None else None
     common = {
         "point": point.name, "law": law.name, "log_budget": log_budget,
         "predicted": expected and expected.value, "low": expected and expected.low, "high": expected and expected.high,
-        "extrapolated": expected and expected.extrapolated,
+        "extrapolated": expected and expected.extrapolated, "convention": used.name if counted else "",
     }  # fmt: skip
     if expected is None:
         return Placement(**common, sentence=_unknown(point, have))
@@ -289,7 +330,7 @@ def place(
     for task in tasks:
         score, metrics = point.scores.get(task), METRICS.get(task, ())
         if score is None:
-            return Placement(**common, sentence=f"{point.name} was not scored on {task}, so it cannot be placed on {law.name}." + _expects(expected))
+            return Placement(**common, sentence=f"{point.name} was not scored on {task}, so it cannot be placed on {law.name}." + _expects(expected, counted))
         if metrics and score.metric not in metrics:
             return Placement(
                 **common,
@@ -302,7 +343,7 @@ def place(
     residual = value - expected.value
     inside = expected.low <= value <= expected.high
     sentence = (
-        f"{point.name} scores {value:.1f} on {law.name}; at its {BUDGET_WORDS[law.axis]} {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] "
+        f"{point.name} scores {value:.1f} on {law.name}; at its {BUDGET_WORDS[law.axis]}{counted} {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] "
         f"is expected: {residual:+.1f}, {'inside' if inside else 'outside'} the {expected.level:.0%} prediction interval."
     )
     if expected.extrapolated:
@@ -312,10 +353,10 @@ def place(
     )
 
 
-def _expects(expected: Any) -> str:
+def _expects(expected: Any, counted: str) -> str:
     if expected.extrapolated:
-        return " Its budget lies outside those of the published models, too."
-    return f" At its budget {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] would be expected."
+        return f" Its budget{counted} lies outside those of the published models, too."
+    return f" At its budget{counted} {expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] would be expected."
 
 
 def _unknown(point: Point, have: Budget) -> str:
@@ -334,8 +375,10 @@ def moved(point: Point, models: Mapping[str, ModelFacts], rule: Convention = PRI
     source = find_model(point.facts.source_model, models)
     if point.kind != "adapted" or source is None:
         return {}
-    before = {lang: budget(source, models, lang, rule).value for lang in LANGUAGES}
-    after = {lang: budget(point.facts, models, lang, rule).value for lang in LANGUAGES}
+    before, after = {}, {}
+    for lang in LANGUAGES:
+        have, used = own_budget(source, models, lang, rule)
+        before[lang], after[lang] = have.value, budget(point.facts, models, lang, used).value
     return {
         lang: math.log10(after[lang] / before[lang]) if before[lang] and after[lang] else None for lang in LANGUAGES
     }
