@@ -1,5 +1,6 @@
 """The user's models as points: their budgets, where they stand on a law, and a sentence where they cannot stand."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -12,7 +13,15 @@ from typer.testing import CliRunner
 
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError
-from tsugiki.evaluate.scaling.analysis import QUESTIONS, analyse, own, own_equivalence, printed_reference, published
+from tsugiki.evaluate.scaling.analysis import (
+    QUESTIONS,
+    _efficiency,
+    analyse,
+    own,
+    own_equivalence,
+    printed_reference,
+    published,
+)
 from tsugiki.evaluate.scaling.budgets import budget, explain
 from tsugiki.evaluate.scaling.laws import fit_law, predict
 from tsugiki.evaluate.scaling.points import (
@@ -25,7 +34,7 @@ from tsugiki.evaluate.scaling.points import (
     read_points,
     tokens_by_language,
 )
-from tsugiki.evaluate.scaling.tables import ModelFacts, find_model, load_models
+from tsugiki.evaluate.scaling.tables import ModelFacts, find_model, load_models, load_scores
 from tsugiki.recipes.cli import app
 from tsugiki.recipes.recipe import BASES
 from tsugiki.results import Result, replace_results
@@ -294,6 +303,29 @@ def test_a_matrix_of_ones_own_with_holes_and_strangers_is_analysed_and_both_are_
     assert any("1 of 60 scores are missing" in note for note in result["notes"])
     assert {row["name"] for row in result["laws"]} >= {"quiz", "sums", "essay", "facts", "PC1"}
     assert result["missing"] and json.dumps(result, allow_nan=False)
+
+
+@needs_scores
+def test_a_stranger_in_the_matrix_takes_the_sensitivity_curve_from_nobody(tmp_path):
+    """Saito et al.'s matrix and one unknown model: the five assumed shares, with the numbers of the 35 alone."""
+    text = (SHARED / "scores" / "scores_35.csv").read_text(encoding="utf-8").splitlines()
+    at = text[0].split(",").index("jcom")
+    header = ["model", *text[0].split(",")[at : at + 19]]
+    path = tmp_path / "mine.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(header)
+        scores = load_scores(SHARED / "scores" / "scores_35.csv")
+        assert scores.tasks == header[1:]
+        rows.writerows([[m, *v] for m, v in zip(scores.models, scores.values, strict=True)])
+        rows.writerow(["Somebody's 7B", *[0.5] * 19])
+    reference = own(path, load_models())
+    facts = {name: find_model(name, reference.models) for name in reference.scores.models}
+    x = {"ja": np.array([budget(f, reference.models, "ja").log10 if f else np.nan for f in facts.values()])}
+    families = [f.family if f else name for name, f in facts.items()]
+    (row,) = _efficiency(reference.scores, QUESTIONS["saito"][:1], None, facts, families, reference.models, x)
+    assert [p["share"] for p in row["sensitivity"]] == [0.0005, 0.001, 0.005, 0.01, 0.018]
+    assert row["n"] == 25 and row["sensitivity"][1]["offset"] == pytest.approx(1.2, abs=0.05)
 
 
 def test_budget_explains_bundled_and_published_models_and_names_near_ones():

@@ -442,8 +442,15 @@ def _efficiency(
     wanted = [q for q in questions if q.axis == "ja"]
     wanted = [q for q in wanted if q.tasks][:2] + [q for q in wanted if q.component == 1]
     continued = np.array([bool(f and f.construction == "CPT") for f in facts.values()])
-    known = [f is not None for f in facts.values()]
-    shares = budgets_at_share(scores.models, table) if all(known) else None
+    known = np.array([f is not None for f in facts.values()])
+    at_share = budgets_at_share([m for m, k in zip(scores.models, known, strict=True) if k], table)
+
+    def shares(share: float) -> np.ndarray:
+        """Strangers have no budget; they take nobody else's."""
+        x = np.full(len(known), np.nan)
+        x[known] = at_share(share)
+        return x
+
     rows = []
     for question in wanted:
         answer = continued_efficiency(
