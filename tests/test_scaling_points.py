@@ -301,6 +301,10 @@ def test_a_matrix_of_ones_own_with_holes_and_strangers_is_analysed_and_both_are_
     assert reference.kind == "yours" and len(result["models"]) == 15
     assert any("Somebody's 7B" in note and "--models" in note for note in result["notes"])
     assert any("1 of 60 scores are missing" in note for note in result["notes"])
+    # only sums has a hole: its laws are fitted again on fillings, and the notes (page, terminal) say what that did
+    assert [(row["key"], row["missing"]) for row in result["missing"]] == [("sums_ja", pytest.approx(1 / 60)), ("sums_total", pytest.approx(1 / 60))]
+    assert any("sums ~ ja" in note and "filled 20 times" in note and "Hiding as many again" in note for note in result["notes"])
+    assert not any("quiz ~ ja" in note for note in result["notes"])
     assert {row["name"] for row in result["laws"]} >= {"quiz", "sums", "essay", "facts", "PC1"}
     assert result["missing"] and json.dumps(result, allow_nan=False)
 

@@ -273,6 +273,7 @@ def analyse(
         for axis in AXES
     ]
     found["missing"] = _missing_law(scores, questions, x, families)
+    notes += [_missing_words(row) for row in found["missing"]]
 
     say("is continued pre-training more efficient?")
     found["efficiency"] = _efficiency(scores, questions, components, facts, families, table, x)
@@ -417,12 +418,11 @@ def _law_row(question: Question, law: Law | Refused, facts: Mapping[str, ModelFa
 
 
 def _missing_law(scores: Scores, questions: Sequence[Question], x: Mapping[str, np.ndarray], families: list[str]) -> list[dict[str, Any]]:
-    """With missing cells, the laws of means again on many fillings; empty without missing cells."""
-    if not np.isnan(scores.values).any():
-        return []
+    """Laws of means whose tasks have holes, again on many fillings; the first two. Empty without missing cells."""
     rows = []
     rank = max(1, min(2, min(scores.values.shape) - 2))
-    for question in [q for q in questions if q.tasks][:2]:
+    holes = {task for task, missing in zip(scores.tasks, np.isnan(scores.values).any(axis=0), strict=True) if missing}
+    for question in [q for q in questions if holes & set(q.tasks)][:2]:
         at = [scores.tasks.index(t) for t in question.tasks]
         try:
             law = fit_missing_law(
@@ -432,6 +432,16 @@ def _missing_law(scores: Scores, questions: Sequence[Question], x: Mapping[str, 
             law = Refused(question.name, str(error), len(scores.models))
         rows.append({"key": question.key, "axis": question.axis, **dataclasses.asdict(law)})
     return rows
+
+
+def _missing_words(row: Mapping[str, Any]) -> str:
+    if "reason" in row:
+        return f"{row['name']} ~ {row['axis']}, with its missing scores filled: no law, {row['reason']}."
+    slope, pearson = row["slope"], row["pearson"]
+    return (
+        f"{row['name']} ~ {row['axis']}, with its missing scores filled: {slope['value']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}] per decade, "
+        f"r {pearson['value']:.2f} [{pearson['low']:.2f}, {pearson['high']:.2f}]. {row['sentence']}"
+    )
 
 
 def _efficiency(

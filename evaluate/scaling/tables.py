@@ -451,12 +451,13 @@ def find_model(name: str, models: Mapping[str, ModelFacts]) -> ModelFacts | None
         return None
     if name in models:
         return models[name]
-    wanted = _plain(name)
+    wanted = plain_name(name)
     for m in models.values():
-        if wanted in (_plain(m.name), _plain(m.hf_id)):
+        if wanted in (plain_name(m.name), plain_name(m.hf_id)):
             return m
     return None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name by which spellings of it compare: no case, spaces, hyphens, underscores."""
     return "".join(c for c in name.casefold() if c not in " -_")
