@@ -332,6 +332,15 @@ def test_a_stranger_in_the_matrix_takes_the_sensitivity_curve_from_nobody(tmp_pa
     assert row["n"] == 25 and row["sensitivity"][1]["offset"] == pytest.approx(1.2, abs=0.05)
 
 
+def test_a_model_under_two_spellings_is_refused_with_both_rows(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("model,a,b\nSwallow 7B,0.1,0.2\nMine,0.3,0.4\ntokyotech-llm/Swallow-7b-hf,0.1,0.3\nmine,0.2,0.2\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        analyse(own(path, load_models()))
+    assert "'Swallow 7B' and 'tokyotech-llm/Swallow-7b-hf' are the same model" in str(error.value)
+    assert "'Mine' and 'mine'" in str(error.value)
+
+
 def test_budget_explains_bundled_and_published_models_and_names_near_ones():
     said = CliRunner().invoke(app, ["evaluate", "budget", "tiny-llama", "Swallow 7B"])
     assert said.exit_code == 0 and "training.json of tiny-llama" in said.output and "102 B in Japanese" in said.output

@@ -19,7 +19,7 @@ import numpy as np
 
 from tsugiki.artifacts import write_json
 from tsugiki.bases import Base
-from tsugiki.errors import UserError
+from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.paired import read_items
 from tsugiki.evaluate.scaling.budgets import PRINTED, Convention, budget, takase
 from tsugiki.evaluate.scaling.efficiency import budgets_at_share, continued_efficiency, find_pairs
@@ -58,6 +58,7 @@ from tsugiki.evaluate.scaling.tables import (
     find_model,
     load_models,
     load_scores,
+    plain_name,
     read_table,
 )
 
@@ -244,6 +245,7 @@ def analyse(
             f"{', '.join(strangers)}. Add them with --models."
         )
     facts = {name: find_model(name, table) for name in scores.models}
+    _refuse_twice(facts)
     families = [facts[name].family if facts[name] else name for name in scores.models]
     x = {axis: _log_budgets(scores.models, table, axis, rule) for axis in AXES}
 
@@ -293,6 +295,15 @@ def analyse(
 
 def _log_budgets(names: Sequence[str], table: Mapping[str, ModelFacts], axis: str, rule: Convention) -> np.ndarray:
     return np.array([budget(name, table, axis, rule).log10 if find_model(name, table) else math.nan for name in names])
+
+
+def _refuse_twice(facts: Mapping[str, ModelFacts | None]) -> None:
+    """A model in two rows, by name and by hub id for example, would count twice in everything."""
+    rows: dict[str, list[str]] = {}
+    for name, model in facts.items():
+        rows.setdefault(plain_name(model.name if model else name), []).append(name)
+    problems = [f"{' and '.join(map(repr, names))} are the same model" for names in rows.values() if len(names) > 1]
+    raise_problems(problems, what="Models twice in the score matrix", hint="Keep one row of each.")
 
 
 def _complete(scores: Scores) -> tuple[Scores, str]:
