@@ -72,6 +72,15 @@ def test_every_figure_says_whether_it_is_reported_derived_or_assumed_and_where()
                 assert kind in tables.KINDS and where, (m.name, name)
 
 
+def test_a_continued_model_without_a_family_is_of_its_source_models(tmp_path):
+    path = tmp_path / "models.csv"
+    path.write_text(
+        "model,source_model\nOurs,Swallow 7B\nOurs 2,Ours\nTwin a,Unknown base\nTwin b,Unknown base\nScratch,\n", encoding="utf-8"
+    )
+    found = {m.name: m.family for m in load_models(path).values()}
+    assert found == {"Ours": "Llama 2", "Ours 2": "Llama 2", "Twin a": "Unknown base", "Twin b": "Unknown base", "Scratch": "Scratch"}
+
+
 def test_a_mixture_has_its_active_parameters_and_an_unknown_active_count_stays_unknown():
     assert MODELS["Mixtral-8x7B-v0.1"].active_parameters == 12.879e9
     assert MODELS["Mixtral-8x7B-v0.1"].parameters == 47e9

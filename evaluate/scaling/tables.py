@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ class ModelFacts:
     Args:
         name: the name in the tables.
         hf_id: Hugging Face repository, or "".
-        family: the base family whose tokenizer, architecture and data it shares (the bootstrap's cluster).
+        family: the base family whose tokenizer, architecture and data it shares (the bootstrap's cluster); read from a table
+            without it, that of the source model.
         parameters, active_parameters: counts; active are those used per token (mixture of experts).
         construction: "PT" from scratch, "CPT" continued, "adapter", "quantized".
         source_model: the model it was made from, or "".
@@ -339,7 +340,22 @@ def load_models(path: Path | str | None = None) -> dict[str, ModelFacts]:
     for name, text in contradictions(models):
         problems.append(f"{path.name}:{lines[name]} ({name}): {text}")
     raise_problems(problems, what=f"Models in {path.name}")
-    return models
+    return _follow_families(models, {row["model"] for _, row in rows if not row.get("family")}, path)
+
+
+def _follow_families(models: dict[str, ModelFacts], blank: set[str], path: Path) -> dict[str, ModelFacts]:
+    """Without a ``family`` a continued model is of its source model's: it shares that one's data, and the bootstrap's cluster."""
+    if not any(models[name].source_model for name in blank):
+        return models
+    known = models if path == DATA / "base_models.csv" else load_models() | models
+
+    def family(m: ModelFacts) -> str:
+        if not m.source_model or m.name not in blank or models.get(m.name) is not m:
+            return m.family
+        source = find_model(m.source_model, known)
+        return family(source) if source else m.source_model  # children of one unknown base stay together
+
+    return {name: replace(m, family=family(m)) for name, m in models.items()}
 
 
 def _facts(path: Path, number: int, row: dict[str, str]) -> tuple[ModelFacts, list[str]]:
