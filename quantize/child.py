@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 
+from tsugiki.artifacts import refusal
 from tsugiki.errors import UserError
 
 
@@ -75,6 +76,11 @@ def serve(task: Callable[[dict], dict]) -> None:
         say(result=task(json.load(sys.stdin)))
     except UserError as error:
         say(error=error.message, where=error.where, hint=error.hint)
+    except Exception as error:
+        known = refusal(error)
+        if known is None:
+            raise
+        say(error=known.message, where=known.where, hint=known.hint)
 
 
 def say(**message) -> None:

@@ -78,16 +78,10 @@ def serve_tasks(tasks: Mapping[str, Callable[[dict], dict]]) -> None:
         while not ended.wait(0.5):
             say(steps=0)
 
-    def task(job: dict) -> dict:
-        try:
-            return tasks[job["task"]](job)
-        except OSError as error:  # a full disk, mostly
-            raise UserError(error.strerror or str(error), where=error.filename, hint="Nothing was written.") from error
-
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
     try:
-        serve(task)
+        serve(lambda job: tasks[job["task"]](job))
     finally:
         ended.set()
         thread.join()

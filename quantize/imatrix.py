@@ -7,7 +7,9 @@ stores it: ``NAME.in_sum2`` (sums of squares, one row for each expert) and ``NAM
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -75,6 +77,10 @@ def write_imatrix(path: Path | str, matrix: Imatrix, *, extra: dict[str, str] | 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        try:
+            check_gguf(temporary)
+        except UserError as error:  # numpy's tofile does not say that the disk was full for the last bytes
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def read_imatrix(path: Path | str) -> Imatrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -13,7 +14,7 @@ import typer
 from rich.markup import escape
 
 import tsugiki
-from tsugiki.artifacts import read_json
+from tsugiki.artifacts import read_json, refusal
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError
 from tsugiki.progress import console
@@ -424,21 +425,21 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Run a command; exit 2 for the user's mistake, 1 for ours, 130 when interrupted."""
+    """Run a command; exit 2 for the user's mistake (and a full disk), 1 for ours, 130 when interrupted or terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go and children end, as after Ctrl-C
     try:
         app()
     except SystemExit as end:
         if end.code == 130:
             console.print("interrupted; run the same command again to go on")
         raise
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(2)
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
+        known = error if isinstance(error, UserError) else refusal(error)
+        if known:
+            console.print(f"[bold red]error:[/] {escape(str(known))}")
+            sys.exit(2)
         console.print(f"[bold red]internal error:[/] {escape(f'{type(error).__name__}: {error}')}")
         console.print("Run again with --debug in front of the command for the traceback, and report it.")
         sys.exit(1)

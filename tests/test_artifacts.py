@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tsugiki.artifacts import (
     digest,
     read_json,
     read_jsonl,
+    refusal,
     sha256_file,
     sha256_tree,
     write_json,
@@ -99,6 +101,54 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         assert writer.stdout.readline() == b"ready\n"
         os.kill(writer.pid, signal.SIGKILL)
     assert (tmp_path / "a.txt").read_text() == "old"
+    assert len(names(tmp_path)) == 2  # what it had written is still there …
+    with atomic_path(tmp_path / "other.txt") as p:
+        p.write_text("")
+    assert len(names(tmp_path)) == 3
+    with atomic_path(tmp_path / "a.txt") as p, atomic_path(tmp_path / "[a].txt") as q:
+        p.write_text("new")
+        q.write_text("")
+    assert names(tmp_path) == ["[a].txt", "a.txt", "other.txt"]  # … until the file is written again
+
+
+def test_a_living_writers_file_is_left_alone(tmp_path):
+    code = (
+        "import sys\nfrom tsugiki.artifacts import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as p:\n    p.write_text('other')\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path / "a.txt")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"ready\n"
+        write_text(tmp_path / "a.txt", "own")
+        assert (tmp_path / "a.txt").read_text() == "own" and len(names(tmp_path)) == 2
+        writer.stdin.close()
+        assert writer.wait() == 0
+    assert (tmp_path / "a.txt").read_text() == "other" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_and_a_forbidden_place_are_the_users_to_mend(tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def refused(write, name):
+        code = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, code[1]))
+        try:
+            with pytest.raises(Exception) as error, atomic_path(tmp_path / name) as temporary:
+                write(temporary)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, code)
+        return str(refusal(error.value))
+
+    for name, write in (("bytes", lambda p: p.write_bytes(bytes(9999))), ("rust", lambda p: save_file({"a": np.zeros(9999)}, p)),
+                        ("numpy", lambda p: np.zeros(9999).tofile(p))):
+        assert "Free some space" in refused(write, name)
+    assert f"{tmp_path / 'bytes'}: File too large" in refused(lambda p: p.write_bytes(bytes(9999)), "bytes")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        write_text(tmp_path / "file" / "a.txt", "")
+    assert "who may read and write" in str(refusal(error.value))
+    assert refusal(ValueError("x")) is None and refusal(FileNotFoundError(2, "no such file", str(tmp_path / "a"))) is None
 
 
 @given(value=JSON)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import typer
 import yaml
 
 import tsugiki
-from tsugiki.artifacts import read_json, sha256_tree, write_json
+from tsugiki.artifacts import atomic_path, read_json, sha256_tree, write_json
 from tsugiki.recipes import cli
 from tsugiki.recipes.domains import load_domain
 
@@ -168,6 +172,31 @@ def test_ctrl_c_is_exit_code_130(tsugiki_, monkeypatch):
     monkeypatch.setattr(cli, "load_bases", interrupted)
     code, _, err = tsugiki_("recipe", "list")
     assert code == 130 and "interrupted; run the same command again to go on" in err and "Traceback" not in err
+
+
+def test_a_full_disk_or_a_place_that_cannot_be_written_is_exit_code_two(tsugiki_, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "a.gguf"))
+
+    monkeypatch.setattr(cli, "load_bases", full)
+    code, out, err = tsugiki_("recipe", "list")
+    assert code == 2 and "a.gguf: No space left on device" in err and "Free some space" in err and "Traceback" not in err
+
+
+def test_a_termination_is_as_an_interruption(tsugiki_, monkeypatch, tmp_path):
+    def terminated(*_):
+        with atomic_path(tmp_path / "half") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    monkeypatch.setattr(cli, "load_bases", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _, err = tsugiki_("recipe", "list")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and "interrupted" in err and "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 
 def test_a_rate_may_be_written_as_people_write_it(tsugiki_):
