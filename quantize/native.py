@@ -186,8 +186,9 @@ class Probe:
         if not self._model:
             raise UserError("llama.cpp cannot load it, or there is no memory for it", where=str(path))
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx, self.SEQUENCES
-        params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
+        # Never below a batch: decode fills batches of that size, and llama.cpp aborts where one has no room for a token of each sequence.
+        params.n_ctx, params.n_seq_max = max(n_ctx, BATCH), self.SEQUENCES
+        params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = n_threads or thread_count(self.path)
         params.kv_unified, params.no_perf = True, True
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
