@@ -250,7 +250,7 @@ def _probes(model: Profile, keys: np.ndarray, outlying: list[int]) -> list[dict[
             {"what": "token_embd", "why": f"{model.vocab_size * model.hidden / model.parameters:.0%} of all weights"},
         ]
     if model.experts:
-        probes.append({"what": "ffn_gate_inp", "why": f"it chooses among {model.experts} experts: an error changes the path"})
+        probes.append({"what": "ffn_down_exps", "why": f"{model.experts} experts a layer, most of the file, and each sees a part of the tokens only"})
     if model.odd_rows:
         probes.append({
             "what": "fallbacks",

@@ -64,7 +64,7 @@ def test_random_models_of_other_families_agree_too(family, tmp_path):
             assert getattr(ours.model, field.name) == getattr(theirs, field.name), field.name
     assert (ours.model.rope_scaling or {}).get("rope_type") == (theirs.rope_scaling or {}).get("rope_type")
     assert ours.model.qk_norm == family.startswith("Qwen3") and ours.model.moe == ("Moe" in family)
-    assert ("ffn_gate_inp" in [p["what"] for p in ours.probes]) == ("Moe" in family)
+    assert ("ffn_down_exps" in [p["what"] for p in ours.probes]) == ("Moe" in family)
 
 
 @pytest.mark.parametrize(("name", "attention"), [("tiny-llama", "grouped-query"), ("tiny-llmjp", "multi-head")])
