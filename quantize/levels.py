@@ -264,6 +264,9 @@ def _quantize(job: dict) -> dict:
     code = llama_cpp.llama_model_quantize(os.fsencode(job["path"]), os.fsencode(job["out"]), params)
     if code:
         telling = [w for w in said if "error" in w.lower() or "fail" in w.lower()]
+        if any("iostream error" in w for w in telling):  # its ofstream's exception, which says no more
+            raise UserError(f"{job['level']} could not be written", where=job["folder"],
+                            hint="Free some space, or write to another place. Nothing half-written was kept.")
         raise UserError(f"llama.cpp could not make {job['level']} (code {code}): {' | '.join((telling or said)[-3:])}",
                         where=job["path"], hint="Nothing was written.")
     return {"types": types}

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,6 +235,31 @@ def test_samples_that_the_choice_has_seen_are_refused(folder, repaired):
                imatrix=folder / "im.gguf", cache=folder / "out" / ".repaired.sensitivity.jsonl",
                settings=replace(SMALL, held_tokens=100_000))
     assert [p.name for p in (folder / "x").iterdir()] == []
+
+
+COMMANDS = {
+    "levels": ("levels", "f16.gguf", "--levels", "Q4_K_M", "--out", "full"),
+    "imatrix": ("imatrix", "f16.gguf", "--domain-data", "calib.jsonl", "--tokens", "400", "--out", "full/im.gguf"),
+    "sensitivity": ("sensitivity", "f16.gguf", "--samples", "calib.jsonl", "--tokens", "100", "--out", "full"),
+    "repair": ("repair", "f16.gguf", "--calib", "calib.jsonl", "--heldout", "held.jsonl", "--imatrix", "im.gguf", "--out", "full/r.gguf",
+               "--tokens", "100", "--held-tokens", "100", "--types", "Q4_K,Q6_K"),
+}
+
+
+@pytest.mark.parametrize(("command", "limit"), [("levels", 0), ("levels", 600_000), ("imatrix", 1000), ("imatrix", 20_000), ("sensitivity", 1500),
+                                                ("repair", 1500), ("repair", 600_000)])
+def test_a_full_disk_is_a_sentence_with_exit_2_and_leaves_nothing_half_written(folder, command, limit):
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [Path(sys.executable).with_name("tsugiki"), "quantize", *COMMANDS[command], "--threads", "1"], cwd=folder, capture_output=True, text=True, preexec_fn=full,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error:" in done.stderr and "Free some space" in done.stderr and "Traceback" not in done.stderr
+    # finished measurements may stay: another run goes on with them
+    assert {p.name for p in (folder / "full").iterdir()} <= {".sensitivity.jsonl", ".r.sensitivity.jsonl"}
 
 
 def test_an_interruption_leaves_nothing_but_finished_measurements(folder, monkeypatch):

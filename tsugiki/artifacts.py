@@ -76,6 +76,8 @@ def refusal(error: Exception) -> UserError | None:
     number = getattr(error, "errno", None) or (named and int(named[1]))
     if number is None and isinstance(error, OSError) and re.search(r"requested and \d+ written", text):
         number = errno.ENOSPC
+    if "No usable temporary directory" in text:
+        return UserError("there is no folder for temporary files that can be written", hint="Free some space, or set TMPDIR to a folder that can.")
     # a name that a file was to have, in place of its temporary one
     place = re.sub(r"(^|/)\.([^/]+)\.[0-9a-f]{6}-\d+\.tmp(?=/|$)", r"\1\2", str(getattr(error, "filename", None) or "")) or None
     if number in _FULL:
