@@ -17,7 +17,8 @@ from tsugiki.evaluate.engine import Engine, check_gguf
 from tsugiki.machine import cpu_count, peak_rss
 from tsugiki.progress import progress
 from tsugiki.quantize.child import say
-from tsugiki.quantize.compare import WIDTH, divergence, run_task, same_vocabulary, serve_tasks
+from tsugiki.quantize.compare import WIDTH, available_memory, divergence, run_task, same_vocabulary, serve_tasks
+from tsugiki.quantize.parity import load_reference, merge_reference, reference_bytes
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings, divergences, ratios
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
@@ -30,7 +31,6 @@ def attribute(
     files: Mapping[str, Path],
     samples: Sequence[EncodedSample],
     *,
-    dtype: str = "float32",
     settings: CheckSettings | None = None,
 ) -> dict:
     """Measure each step on the first samples and say what it changed from the step before.
@@ -40,14 +40,13 @@ def attribute(
         adapter: PEFT folder, or ``None``: the first step is then the base itself.
         files: name to GGUF, F16 first; every level is compared with F16.
         samples: token ids; as many of the first as fit (:data:`HELD_BYTES`).
-        dtype: of the torch model. With ``float32`` merging is exact to rounding; ``bfloat16`` halves the memory and shows
-            what merging in half precision costs.
 
     Returns:
-        JSON-ready: ``samples``, ``tokens``, ``documents``, ``dtype``, ``peak_rss`` (bytes), ``largest`` (the step after
+        JSON-ready: ``samples``, ``tokens``, ``documents``, ``peak_rss`` (bytes), ``largest`` (the step after
         the first with the largest mean divergence, by name) and ``steps``: ``step`` (``adapter``, ``merged``, ``F16``,
         levels), ``before`` (the step it is compared with), ``nll`` (nats/token), ``delta_nll`` and ``delta_ci``
         against the step before, ``kld_mean`` and its quantiles (KL(before ‖ step), nats/token), ``top1``, ``top5``.
+        Where the memory does not suffice, ``left_out`` alone: a sentence with both numbers.
 
     Raises:
         UserError: broken files, an adapter for another base, another vocabulary, or a child that died.
@@ -65,13 +64,16 @@ def attribute(
     if not samples:
         problems.append("no sample")
     raise_problems(problems, what="the steps cannot be measured")
+    need, free = reference_bytes(base, adapter) + 3 * HELD_BYTES, available_memory()
+    if need > free:
+        return {"left_out": f"the model in transformers needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"}
     with tempfile.TemporaryDirectory(prefix="tsugiki-steps-") as folder, progress() as bar:
         rows, out = Path(folder) / "samples.jsonl", Path(folder) / "tokens.npz"
         write_encoded(rows, samples)
         steps = [*(["adapter", "merged"] if adapter else ["model"]), *files]
         task = bar.add_task("steps", total=len(steps), note="")
         job = {
-            "task": "attribute", "base": str(base), "adapter": str(adapter) if adapter else None, "dtype": dtype,
+            "task": "attribute", "base": str(base), "adapter": str(adapter) if adapter else None,
             "files": {k: str(v) for k, v in files.items()}, "samples": str(rows), "out": str(out),
         }
         report = run_task(job, name="attribution", on_step=lambda n: bar.advance(task, n), module="tsugiki.quantize.attribution")
@@ -94,7 +96,7 @@ def attribute(
             **divergences(tokens, i),
         })
     return {
-        "samples": len(used), "tokens": int(counts.sum()), "documents": len(set(documents)), "dtype": dtype,
+        "samples": len(used), "tokens": int(counts.sum()), "documents": len(set(documents)), 
         "peak_rss": report["peak_rss"], "largest": max(rows[1:], key=lambda r: r["kld_mean"])["step"], "steps": rows,
     }
 
@@ -109,7 +111,7 @@ def _attribute(job: dict) -> dict:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     samples = read_encoded(Path(job["samples"]))
-    model = _load(job)
+    model = load_reference(job["base"], job["adapter"], narrow=True)
     # one thread for each 64 MB, as the engine has it: small matrices stall on a barrier
     torch.set_num_threads(min(cpu_count(), 16, 1 + sum(4 * p.numel() for p in model.parameters()) // 64_000_000))
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -125,7 +127,7 @@ def _attribute(job: dict) -> dict:
     held = _torch_logits(model, samples, vocab_size)
     measured(None, held)
     if job["adapter"]:
-        model = model.merge_and_unload()
+        model = merge_reference(model)
         merged = _torch_logits(model, samples, vocab_size)
         measured(held, merged)
         held = merged
@@ -149,26 +151,6 @@ def _attribute(job: dict) -> dict:
     return {"samples": len(samples), "peak_rss": peak_rss()}
 
 
-def _load(job: dict):
-    """The base with its adapter beside it, not merged."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job["base"], dtype=getattr(torch, job["dtype"]), local_files_only=True, trust_remote_code=False
-        )
-        if job["adapter"]:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, job["adapter"], autocast_adapter_dtype=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what the libraries raise on files that do not fit
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"transformers or PEFT cannot load it: {first}", where=job["adapter"] or job["base"],
-                        hint="The adapter may belong to another base.") from error
-    return model.eval()
-
-
 def _that_fit(samples: Sequence[EncodedSample], vocab_size: int) -> list[EncodedSample]:
     room, picked = HELD_BYTES // (4 * vocab_size), []
     for s in samples:
@@ -186,7 +168,7 @@ def _torch_logits(model, samples: Sequence[EncodedSample], vocab_size: int) -> n
     import torch
 
     logits, at = np.empty((sum(len(s.completion_ids) for s in samples), vocab_size), np.float32), 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for s in samples:
             first, n = len(s.prompt_ids) - 1, len(s.completion_ids)
             logits[at : at + n] = model(torch.tensor([s.ids[:-1]])).logits[0, first:].float().numpy()

@@ -9,17 +9,22 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from tsugiki.artifacts import read_json
 from tsugiki.chat import prompt_text
 from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine, check_gguf
+from tsugiki.quantize.weights import open_weights
 from tsugiki.samples import EncodedSample
 
 # Tokens that llama.cpp makes control tokens whatever their type, and that a vocabulary may hold as plain text.
 _CONTROL_LIKE = ("</s>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<EOT>", "_<EOT>")
+MOST_LOGITS = 1 << 30  # bytes of float32 logits held at a time: 1,760 tokens of a vocabulary of 152,064
 _BYTE_NAME = re.compile(r"<0x(?=[0-9A-F]{2}>)")
 
 
@@ -247,7 +252,7 @@ def logits_agreement(
     """Compare completion logits on the same ids; in transformers the adapter runs beside the base, unmerged.
 
     Args:
-        samples: the first ``n`` are compared.
+        samples: the first ``n`` are compared, fewer where their logits come to more than :data:`MOST_LOGITS`.
 
     Raises:
         UserError: no samples, or a vocabulary of another size.
@@ -257,15 +262,22 @@ def logits_agreement(
     samples = list(samples[:n])
     if not samples:
         raise UserError("no samples to compare logits on")
-    model = load_reference(base_dir, adapter_dir)
+    model = load_reference(base_dir, adapter_dir, narrow=True)
+    room, kept = MOST_LOGITS // (4 * model.get_output_embeddings().weight.shape[0]), []
+    for s in samples:
+        room -= len(s.completion_ids)
+        if room >= 0 or not kept:
+            kept.append(s)
+    samples = kept
+    with torch.no_grad():
+        logits = [model(torch.tensor([s.ids])).logits[0, len(s.prompt_ids) - 1 : -1].float().numpy() for s in samples]
+    del model  # the two are never in memory together
     kl = nll_hf = nll_gguf = max_abs = 0.0
     tokens = same = 0
     longest = max(len(s.ids) for s in samples)
-    with torch.no_grad(), Engine(gguf_path, n_ctx=max(longest, 256), n_seq_max=1, n_threads=n_threads) as engine:
+    with Engine(gguf_path, n_ctx=max(longest, 256), n_seq_max=1, n_threads=n_threads) as engine:
         for index, found in engine.completion_logits(samples):
-            sample = samples[index]
-            first = len(sample.prompt_ids) - 1
-            expected = model(torch.tensor([sample.ids])).logits[0, first:-1].float().numpy()
+            sample, expected = samples[index], logits[index]
             if expected.shape != found.shape:
                 raise UserError(
                     f"the GGUF's logits are {found.shape}, the base's {expected.shape}", where=str(gguf_path),
@@ -282,22 +294,108 @@ def logits_agreement(
     return Agreement(len(samples), tokens, kl / tokens, max_abs, same / tokens, nll_hf / tokens, nll_gguf / tokens)
 
 
-def load_reference(base_dir: Path | str, adapter_dir: Path | str | None):
-    """The base in float32 on the CPU with the adapter beside it, for comparisons.
+def load_reference(base_dir: Path | str, adapter_dir: Path | str | None, *, narrow: bool = False):
+    """The base on the CPU with the adapter beside it, computing in float32, for comparisons.
 
     Not merged: PEFT's merge writes an update of tied embeddings into both, which is not the model that was trained.
+
+    Args:
+        narrow: hold the base in the 16 bits that its files have and widen each module's own parameters to float32 while
+            that module computes: bit for bit the same logits, with 2 bytes a parameter instead of 4, and the widest
+            matrix once more. Where that would not be exact (:func:`stored_dtype`), all of it is float32.
+
+    Raises:
+        UserError: transformers or PEFT cannot load it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        base_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    if adapter_dir:
-        from peft import PeftModel
+    kind = stored_dtype(base_dir, adapter_dir) if narrow else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=getattr(torch, kind or "float32"), local_files_only=True, trust_remote_code=False
+        )
+        if adapter_dir:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_dir, autocast_adapter_dtype=False)
+            model = PeftModel.from_pretrained(model, adapter_dir)  # its own matrices are float32 whatever the base is
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what the libraries raise on files that do not fit
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"transformers or PEFT cannot load it: {first}", where=str(adapter_dir or base_dir),
+                        hint="The adapter may belong to another base.") from error
+    if kind:
+        _widen_while_computing(model)
     return model.eval()
+
+
+def stored_dtype(base_dir: Path | str, adapter_dir: Path | str | None) -> str | None:
+    """``bfloat16`` or ``float16`` where a base can be held in it and its adapter added in float32 while it computes.
+
+    None where the files hold several types or float32, or where the adapter is more than pairs of matrices beside linear
+    layers (DoRA, embeddings, ``modules_to_save``, biases), or changes an output layer that is tied: PEFT then reads or
+    replaces the base's own weights.
+    """
+    kinds = {stored.dtype for stored in open_weights(Path(base_dir)).values()}
+    if kinds not in ({"BF16"}, {"F16"}):
+        return None
+    if adapter_dir:
+        from safetensors import safe_open
+
+        try:
+            with safe_open(Path(adapter_dir) / "adapter_model.safetensors", "pt") as file:
+                names = list(file.keys())
+            settings = read_json(Path(adapter_dir) / "adapter_config.json")
+            tied = read_json(Path(base_dir) / "config.json").get("tie_word_embeddings")
+        except Exception:  # what is damaged is named where it is loaded
+            return None
+        plain = all(re.search(r"\.lora_[AB]\.weight$", n) for n in names)
+        if not plain or settings.get("target_parameters") or (tied is not False and any("lm_head" in n for n in names)):
+            return None
+    return {"BF16": "bfloat16", "F16": "float16"}[kinds.pop()]
+
+
+def reference_bytes(base_dir: Path | str, adapter_dir: Path | str | None) -> int:
+    """What :func:`load_reference` with ``narrow`` takes: the weights, and the widest matrix twice in float32."""
+    sizes = [prod(stored.shape) for stored in open_weights(Path(base_dir)).values()]
+    return (2 if stored_dtype(base_dir, adapter_dir) else 4) * sum(sizes) + 8 * max(sizes)
+
+
+def merge_reference(model):
+    """The adapter added to the weights, in float32; a model held in 16 bits gets the sum each time it is widened."""
+    import torch
+
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return model.merge_and_unload()
+    from peft.tuners.lora import LoraLayer
+
+    def add(layer, module, _) -> None:  # runs after the widening, on its copy
+        module.weight.data += layer.get_delta_weight(layer.active_adapters[0])
+
+    for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+        layer.get_base_layer().register_forward_pre_hook(partial(add, layer))
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def _widen_while_computing(model) -> None:
+    import torch
+
+    held = {}
+
+    def widen(module, _):
+        for weight in module.parameters(recurse=False):
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                held[weight], weight.data = weight.data, weight.data.float()
+
+    def put_back(module, *_):
+        for weight in module.parameters(recurse=False):
+            if weight in held:
+                weight.data = held.pop(weight)
+
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(put_back, always_call=True)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

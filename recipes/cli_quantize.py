@@ -192,8 +192,10 @@ def show_check(found: dict) -> None:
                 table.add_row(r["level"], f"{r['score']:.3f}", f"{r['delta_score']:+.3f}", _interval(r["delta_score_ci"], 3), str(r["flips"]["to_wrong"]),
                               str(r["flips"]["to_right"]), str(r["changed"]), f"{r['gen_tok_s']:.0f}")
             out.print(table)
-    if found["attribution"]:
-        steps = found["attribution"]
+    steps = found["attribution"]
+    if steps and "left_out" in steps:
+        out.print(f"steps not measured: {escape(steps['left_out'])}", soft_wrap=True)
+    elif steps:
         table = plain_table(f"steps: {steps['samples']:,} samples, {steps['tokens']:,} tokens; the largest is {steps['largest']}",
                             "step", "after", "NLL", "ΔNLL", "interval", "KL mean", "max", "top-1", numbers=True)
         for r in steps["steps"]:

@@ -450,6 +450,8 @@ def check_stage(run: Run) -> bool:
             base_folder(run), run.folder / "sweep" / "adapter", {"F16": run.folder / "gguf" / "model-F16.gguf", **_level_paths(run)},
             test[:STEP_ITEMS], settings=settings,
         )
+        if why := found["attribution"].get("left_out"):
+            console.print(f"  [yellow]the steps are not measured one by one: {escape(why)}[/]")
         if tokens := run.settings.sensitivity_tokens:
             found["sensitivity"] = sensitivity(
                 run.folder / "gguf" / "model-F16.gguf", run.folder / "data" / "test.jsonl", tokens=tokens,

@@ -123,7 +123,7 @@ def stage_files() -> dict[str, dict[str, Any]]:
             "settings": {"margin_nll": 0.02, "margin_score": 0.05, "confidence": 0.95}, "samples": 240,
             "levels": checked,
             "attribution": {
-                "samples": 100, "tokens": 700, "documents": 40, "dtype": "float32", "largest": "Q3_K_M",
+                "samples": 100, "tokens": 700, "documents": 40, "largest": "Q3_K_M",
                 "steps": [
                     {"step": step, "before": before, "nll": 0.52 + kl / 2, "delta_nll": kl / 2, "delta_ci": [0.0, kl], "kld_mean": kl, "top1": 1 - kl}
                     for step, before, kl in (("adapter", None, 0.0), ("merged", "adapter", 2e-8), ("F16", "merged", 3e-7), ("Q3_K_M", "F16", 0.06))

@@ -108,3 +108,52 @@ def test_what_is_missing_is_named_at_once(made, tmp_path):
     _, _, files, samples = made
     with pytest.raises(UserError, match=r"2 problem\(s\)[\s\S]*config\.json[\s\S]*adapter_config\.json"):
         attribute(tmp_path, tmp_path, {"F16": files["F16"]}, samples)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen"])  # untied, and tied with biases
+def test_a_base_held_in_16_bits_computes_in_float32(name, tmp_path):
+    """Two bytes a parameter, bit for bit the logits of a float32 load; merging too is done in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsugiki.quantize.parity import load_reference, merge_reference, reference_bytes
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(BASES / name, dtype=torch.bfloat16).save_pretrained(base)
+    make_adapter(base, tmp_path / "adapter")
+    ids = AutoTokenizer.from_pretrained(BASES / name)("建築物の敷地は、道より高くなければならない。", return_tensors="pt")["input_ids"]
+    wide, narrow = load_reference(base, tmp_path / "adapter"), load_reference(base, tmp_path / "adapter", narrow=True)
+    own = [p for n, p in narrow.named_parameters() if "lora_" not in n]
+    assert {p.dtype for p in own} == {torch.bfloat16}
+    assert reference_bytes(base, tmp_path / "adapter") == 2 * sum(p.numel() for p in own) + 8 * max(p.numel() for p in own)
+    with torch.no_grad():
+        assert torch.equal(wide(ids).logits, narrow(ids).logits)
+        assert {p.dtype for p in own} == {torch.bfloat16}  # put back
+        plain = load_reference(base, None, narrow=True)(ids).logits
+        merged = [merge_reference(m)(ids).logits for m in (wide, narrow)]
+        again = narrow(ids).logits
+    assert torch.equal(*merged) and torch.equal(again, merged[1])
+    assert (merged[1] - plain).abs().max() > 0.1
+
+
+def test_without_memory_the_steps_are_left_out(made, monkeypatch):
+    folder, _, files, samples = made
+    monkeypatch.setattr("tsugiki.quantize.attribution.available_memory", lambda: 1 << 30)
+    assert "1.1 GB are free" in attribute(BASE, folder / "adapter", files, samples)["left_out"]
+
+
+def test_what_cannot_be_added_beside_16_bits_is_loaded_in_float32(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tsugiki.quantize.parity import stored_dtype
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    assert stored_dtype(tmp_path / "base", None) == "bfloat16"
+    for i, more in enumerate(({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]})):
+        settings = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | more)
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), settings)
+        made.save_pretrained(tmp_path / str(i))
+        assert stored_dtype(tmp_path / "base", tmp_path / str(i)) is None
