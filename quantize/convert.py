@@ -88,7 +88,7 @@ def convert(
     dtype: str = "f16",
     name: str | None = None,
     licence: str | None = None,
-    languages: Sequence[str] = ("ja", "en"),
+    languages: Sequence[str] = (),
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     tokenizer_dir: Path | str | None = None,
@@ -104,8 +104,9 @@ def convert(
         out: the file to write; whole or absent.
         adapter_dir: folder with ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT.
         dtype: ``f16``, ``bf16`` or ``f32``.
-        name, licence, languages, base_model, datasets: metadata that people read; licence and data sets from the
-            base's model card where they are not given.
+        name, licence, languages, base_model, datasets: metadata that people read; licence, languages and data sets
+            from the base's model card where they are not given. A ``base_model`` of the form ``organisation/name`` is a
+            repository on the hub.
         tokenizer_dir: another tokenizer (with its chat template) than the base's, of the same ids.
 
     Raises:
@@ -142,7 +143,8 @@ def convert(
         writer.add_type("model")
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _write_general(writer, name or base_dir.name, licence or card.get("license"), languages, base_model, datasets or card.get("datasets"))
+        _write_general(writer, name or base_dir.name, licence or card.get("license"), languages or card.get("languages"), base_model,
+                       datasets or card.get("datasets"))
         write_settings(writer, family, config, tensors)
         vocabulary.write(writer)
         if eot is not None:
@@ -296,7 +298,7 @@ def read_tokenizer(folder: Path):
 
 
 def read_card(folder: Path) -> dict:
-    """The settings at the head of a model card (README.md): ``license``, ``datasets`` …; empty where there are none."""
+    """The settings at the head of a model card (README.md): ``license``, ``languages``, ``datasets``; empty where there are none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -304,11 +306,12 @@ def read_card(folder: Path) -> dict:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     card = card if isinstance(card, dict) else {}
-    datasets = card.get("datasets")
-    return {
-        "license": card["license"] if isinstance(card.get("license"), str) else None,
-        "datasets": [d for d in datasets if isinstance(d, str)] if isinstance(datasets, list) else [],
-    }
+
+    def texts(key: str) -> list[str]:
+        found = card.get(key)
+        return [t for t in (found if isinstance(found, list) else [found]) if isinstance(t, str)]
+
+    return {"license": next(iter(texts("license")), None), "languages": texts("language"), "datasets": texts("datasets")}
 
 
 def source_shapes(tensors: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
@@ -476,7 +479,11 @@ def _write_general(writer, name, licence, languages, base_model, datasets) -> No
         writer.add_languages(list(languages))
     if base_model:
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, base_model)
+        organisation, _, model = base_model.rpartition("/")
+        writer.add_base_model_name(0, gguf.Metadata.id_to_title(model) if organisation else model)
+        if organisation:
+            writer.add_base_model_organization(0, gguf.Metadata.id_to_title(organisation))
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base_model}")
     if datasets:
         writer.add_dataset_count(len(datasets))
         for i, dataset in enumerate(datasets):

@@ -56,7 +56,8 @@ def quantize_convert(
         known = bases.get(base)
         written = convert(
             folder, out, adapter, dtype=dtype, name=name or None, licence=licence or (known.licence if known else None),
-            base_model=(known.hub_id or known.name) if known else None, datasets=dataset or (), tokenizer_dir=tokenizer,
+            languages=known.languages if known else (), base_model=(known.hub_id or known.name) if known else None,
+            datasets=dataset or (), tokenizer_dir=tokenizer,
         )
         console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
     for tensor, kind in written.wide.items():

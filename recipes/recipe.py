@@ -335,10 +335,10 @@ def gguf_stage(run: Run) -> bool:
     inputs = {
         "sweep": stage_hash(run.folder / "sweep", "adapter"),
         "data": stage_hash(run.folder / "data", "test.jsonl"),
-        "base": fingerprint(run.base_dir),
+        "base": [fingerprint(run.base_dir), run.base.hub_id, run.base.licence, run.base.languages],
         "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.families", "tsugiki.quantize.weights",
                             "tsugiki.quantize.adapter", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity", "tsugiki.quantize.gate",
-                            "tsugiki.quantize.texts", "tsugiki.tokenizers", "tsugiki.lineage"),
+                            "tsugiki.quantize.child", "tsugiki.quantize.texts", "tsugiki.chat", "tsugiki.tokenizers", "tsugiki.lineage"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -352,10 +352,10 @@ def gguf_stage(run: Run) -> bool:
         base_dir, adapter = base_folder(run), run.folder / "sweep" / "adapter"
         out = folder / "model-F16.gguf"
         written = convert(base_dir, out, adapter, name=f"{run.base.name}-{run.domain.name}",
-                          licence=run.base.licence or None, base_model=run.base.hub_id or run.base.name)
+                          licence=run.base.licence or None, languages=run.base.languages, base_model=run.base.hub_id or run.base.name)
         for note in written.notes:
             console.print(f"  [yellow]{escape(note)}[/]")
-        convert(base_dir, folder / "base-F16.gguf", name=run.base.name)
+        convert(base_dir, folder / "base-F16.gguf", name=run.base.name, languages=run.base.languages)
         test = read_encoded(run.folder / "data" / "test.jsonl")
         # differences with a known reason are counted, not refused: what is trained, scored and compared is ids, not text
         found = gate(out, base_dir, adapter, texts=[t for s in test for t in (s.prompt, s.completion)], samples=test,

@@ -135,7 +135,8 @@ def test_metadata_says_what_programs_and_people_need(work, name, architecture, e
     tokenizer, config = tokenizer_of(name), json.loads((base / "config.json").read_text())
     assert value["general.architecture"] == architecture
     assert (value["general.name"], value["general.license"]) == ("設備", "apache-2.0")
-    assert (value["general.languages"], value["general.base_model.0.name"]) == (["ja", "en"], name)
+    assert value["general.base_model.0.name"] == name
+    assert "general.languages" not in value  # nobody said which
     assert value["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
     assert value[f"{architecture}.context_length"] == config["max_position_embeddings"]
     assert value[f"{architecture}.rope.freq_base"] == config["rope_parameters"]["rope_theta"]
@@ -152,6 +153,19 @@ def test_metadata_says_what_programs_and_people_need(work, name, architecture, e
     assert ("output.weight" in names) != config["tie_word_embeddings"]
     assert ("blk.0.attn_q.bias" in names) == (architecture == "qwen2")
     assert all(t.tensor_type.name == ("F32" if len(t.shape) == 1 else "F16") for t in reader.tensors)
+
+
+def test_where_a_model_comes_from_is_said_as_upstream_says_it(work, llama):
+    (llama / "README.md").write_text("---\nlanguage: [ja, en]\nlicense: mit\n---\n", encoding="utf-8")
+    convert(llama, work / "card.gguf", base_model="tokyotech-llm/Llama-3.1-Swallow-8B-v0.5")
+    value = {k: f.contents() for k, f in gguf.GGUFReader(work / "card.gguf").fields.items()}
+    assert value["general.base_model.0.name"] == "Llama 3.1 Swallow 8B v0.5"
+    assert value["general.base_model.0.organization"] == "Tokyotech Llm"
+    assert value["general.base_model.0.repo_url"].endswith(".co/tokyotech-llm/Llama-3.1-Swallow-8B-v0.5")
+    assert (value["general.languages"], value["general.license"]) == (["ja", "en"], "mit")
+    convert(llama, work / "card.gguf", languages=["en"])
+    assert gguf.GGUFReader(work / "card.gguf").fields["general.languages"].contents() == ["en"]
+    (llama / "README.md").unlink()
 
 
 def test_rows_beyond_the_tokenizer_become_unused_tokens(work):
