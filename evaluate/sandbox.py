@@ -222,14 +222,15 @@ def _command(name: str) -> list[str]:
         command += ["--unshare-user", "--disable-userns"]
     for key, value in ENVIRONMENT.items():
         command += ["--setenv", key, value]
+    # Without a limit on its size a memory file system is a way round the limit on memory: then /tmp stays read-only.
+    # It comes before the binds: an environment may itself lie below /tmp.
+    command += ["--size", str(TMP_BYTES), "--tmpfs", "/tmp"] if "--size" in known else ["--dir", "/tmp"]
     for source, target in _binds():
         command += ["--ro-bind", source, target]
     for path, target in _links():
         command += ["--symlink", target, path]
     for device in DEVICES:
         command += ["--dev-bind", device, device]
-    # Without a limit on its size a memory file system is a way round the limit on memory: then /tmp stays read-only.
-    command += ["--size", str(TMP_BYTES), "--tmpfs", "/tmp"] if "--size" in known else ["--dir", "/tmp"]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", *inner]
 
 

@@ -72,15 +72,15 @@ def _new_root(call, config: dict) -> None:
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     root = "/sys"  # any folder that exists and is not bound below
     call("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
+    os.mkdir(root + "/tmp")  # before the binds: an environment may itself lie below /tmp
+    size = f"size={config['tmp_bytes']},nr_inodes=4096,mode=1777"
+    call("mount", b"tmpfs", (root + "/tmp").encode(), b"tmpfs", MS_NOSUID | MS_NODEV, size.encode())
     for source, target in config["bind"]:
         _bind(call, source, root + target)
     for target, link in config["links"]:
         os.symlink(link, root + target)
     for device in config["devices"]:
         _bind(call, device, root + device, device=True)
-    os.mkdir(root + "/tmp")
-    size = f"size={config['tmp_bytes']},nr_inodes=4096,mode=1777"
-    call("mount", b"tmpfs", (root + "/tmp").encode(), b"tmpfs", MS_NOSUID | MS_NODEV, size.encode())
     os.mkdir(root + "/old")
     os.chdir(root)
     call("pivot_root", b".", b"old")

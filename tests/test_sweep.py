@@ -24,6 +24,7 @@ from tsugiki.adapt.optimum import find_optimum
 from tsugiki.adapt.sweep import SweepSettings, run_sweep
 from tsugiki.artifacts import read_json
 from tsugiki.errors import UserError
+from tsugiki.lineage import check_lineage
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
 from tsugiki.samples import EncodedSample, write_encoded
 
@@ -156,8 +157,10 @@ def test_the_adapter_kept_is_that_of_the_optimum_and_plain_peft_loads_it(swept, 
 def test_the_adapter_names_its_base_and_no_folder_of_this_machine(swept, base):
     out, _ = swept
     assert read_json(out / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "my-base"
-    assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert str(base.parent) not in (out / "adapter" / "adapter_config.json").read_text()
+    assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "base.json"]
+    for name in ("adapter_config.json", "base.json"):
+        assert str(base.parent) not in (out / "adapter" / name).read_text()
+    assert check_lineage(out / "adapter", base) is True
 
 
 def test_the_study_on_disk_holds_one_completed_trial_a_point(swept):
