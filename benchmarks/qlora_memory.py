@@ -1,6 +1,6 @@
 """Peak memory of a QLoRA fit on a GPU, beside the planner's prediction, at the shapes of Llama-3-8B and Qwen2.5-7B.
 
-    python benchmarks/qlora_memory.py [--sequence 1024] [--micro-batch 1] [--rank 16] [--steps 4] [--out FILE.json]
+    python benchmarks/qlora_memory.py [--sequence 1024] [--micro-batch 1] [--rank 16] [--steps 4] [--json FILE.json]
 
 Random weights of the published shapes and vocabularies are quantized matrix by matrix on the card (bitsandbytes NF4 with
 double quantization), so that no download and no 16 GB of main memory are needed; then our own fit trains some steps.
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", choices=list(SHAPES), help="one shape in place of both")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console(width=120)
     settings = FitSettings(rank=options.rank, alpha=2 * options.rank, learning_rate=2e-4, batch_size=4 * options.micro_batch,
@@ -159,8 +159,8 @@ def main() -> None:
     console.print(table)
     if lacking:
         console.print(f"There is {lacking} here: nothing was measured. The column is the planner's prediction alone.")
-    if options.out:
-        options.out.write_text(json.dumps({"measured": rows, "not_measured": lacking}, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps({"measured": rows, "not_measured": lacking}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

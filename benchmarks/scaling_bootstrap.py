@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -55,7 +56,9 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=10_000)
-    draws = parser.parse_args().draws
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    draws = options.draws
     values, x, families = matrix()
     names = [f"task {i}" for i in range(TASKS)]
     seconds = {}
@@ -76,15 +79,16 @@ def main() -> None:
         table.add_row(name, f"{value:.1f}")
     Console().print(table)
     cpu = end[1] - start[1]
-    print(
-        json.dumps({
-            "seconds": {k: round(v, 2) for k, v in seconds.items()},
-            "cpu_seconds": round(cpu, 2),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        })
-    )
+    text = json.dumps({
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "cpu_seconds": round(cpu, 2),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    })
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
