@@ -1,5 +1,6 @@
 """The user's models as points: their budgets, where they stand on a law, and a sentence where they cannot stand."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -23,7 +24,9 @@ from tsugiki.evaluate.scaling.analysis import (
     published,
 )
 from tsugiki.evaluate.scaling.budgets import budget, explain
+from tsugiki.evaluate.scaling.figures import draw_all, tables
 from tsugiki.evaluate.scaling.laws import fit_law, predict
+from tsugiki.evaluate.scaling.page import render
 from tsugiki.evaluate.scaling.points import (
     Point,
     Score,
@@ -272,6 +275,21 @@ def test_levels_and_adapters_are_worth_a_factor_of_the_budget_by_the_published_l
     assert [q["value"] for q in placed] == pytest.approx([58, 56, 53]) and not any(q["extrapolated"] for q in placed)
     assert result["components"]["scratch"]["printed_cells"] == [76, 76]  # their Figure 8
     assert json.dumps(result, allow_nan=False)
+    # their appendix C.2 prints 0.923 and, by a slip, 0.779; their scores give 0.8025
+    scratch = {(r["component"], r["axis"]): (r["n"], r["pearson"]) for r in result["components"]["budgets"] if r["models"] == "scratch"}
+    assert scratch["PC1", "en"] == (16, pytest.approx(0.9228, abs=5e-5)) and scratch["PC2", "ja"] == (10, pytest.approx(0.8025, abs=5e-5))
+    draw_all(result, tmp_path / "figures", language="en", formats=("svg",))
+    assert all((tmp_path / "figures" / f"{name}.svg").stat().st_size > 5000 for name in ("efficiency", "equivalence"))
+    rows = tables(result)
+    assert {row["point"] for row in rows["own_equivalence"]} == {f"shop/llama-3-swallow-8b {k}" for k in ("adapted", "Q4_K_M")}
+    assert {row["law"] for row in rows["law_bands"]} == {law["key"] for law in result["laws"] if "band" in law}
+    assert len(rows["factors"]) == 10 * 19 and len(rows["factor_scores"]) == 35
+    page = render(result)
+    # PC3 and PC4 are below noise by Horn's analysis (facts: 1.32 against 2.14), PC1 and PC2 above it and stable
+    assert "Do not name PC3" in page and "Do not name PC4" in page and "Do not name PC1" not in page
+    unstable = copy.deepcopy(result)
+    unstable["components"]["lowest_congruence"][1] = 0.5
+    assert "PC2には名前を付けられません：" in render(unstable)
 
 
 def test_without_the_matrix_the_printed_table_is_analysed_and_said_to_be_all(tmp_path, monkeypatch):

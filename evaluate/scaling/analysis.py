@@ -26,8 +26,10 @@ from tsugiki.evaluate.scaling.efficiency import budgets_at_share, continued_effi
 from tsugiki.evaluate.scaling.equivalence import budget_factor, equivalent_difference, equivalent_means
 from tsugiki.evaluate.scaling.factors import (
     component_warnings,
+    correlate,
     correlations,
     factor_analysis,
+    factor_scores,
     kept_components,
     leave_one_out,
     parallel_analysis,
@@ -253,7 +255,7 @@ def analyse(
     complete, filled_note = _complete(scores)
     if filled_note:
         notes.append(filled_note)
-    components = _components(complete, reference, notes)
+    components = _components(complete, reference, x, notes)
     found = {
         "source": reference.source,
         "kind": reference.kind,
@@ -324,7 +326,17 @@ def _correlations(scores: Scores) -> dict[str, Any]:
     return {"tasks": scores.tasks, "pearson": pearson.values, "spearman": spearman.values, "counts": pearson.counts}
 
 
-def _components(scores: Scores, reference: Reference, notes: list[str]) -> dict[str, Any] | None:
+def _with_budgets(which: str, scores: np.ndarray, x: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Correlations of components ``(M, K)`` with log budgets, each over the models whose budget is known."""
+    rows = []
+    for k in range(scores.shape[1]):
+        for axis in AXES:
+            (pearson, n), (spearman, _) = (correlate(scores[:, k], x[axis], how) for how in ("pearson", "spearman"))
+            rows.append({"models": which, "component": f"PC{k + 1}", "axis": axis, "n": n, "pearson": pearson, "spearman": spearman})
+    return rows
+
+
+def _components(scores: Scores, reference: Reference, x: Mapping[str, np.ndarray], notes: list[str]) -> dict[str, Any] | None:
     count = min(4, len(scores.tasks), len(scores.models) - 1)
     try:
         fit = principal_components(scores, count)
@@ -338,10 +350,12 @@ def _components(scores: Scores, reference: Reference, notes: list[str]) -> dict[
         "tasks": fit.tasks, "loadings": fit.loadings, "variance": fit.variance, "scores": fit.scores,
         "eigenvalues": fit.eigenvalues, "noise": noise[: len(fit.eigenvalues)], "kept": kept,
         "lowest_congruence": stability.lowest, "worst": stability.worst, "warnings": component_warnings(fit, stability, kept),
-        "scratch": None,
+        "scratch": None, "budgets": _with_budgets("all", fit.scores, x),
     }  # fmt: skip
     try:
         scratch = principal_components(subset(scores, reference.models), count)
+        at = [scores.models.index(name) for name in scratch.models]
+        answer["budgets"] += _with_budgets("scratch", scratch.scores, {axis: v[at] for axis, v in x.items()})
         answer["scratch"] = {"n": len(scratch.models), "loadings": scratch.loadings, "variance": scratch.variance}
         if reference.kind == "saito":
             tasks, printed, _ = printed_loadings()
@@ -354,8 +368,8 @@ def _components(scores: Scores, reference: Reference, notes: list[str]) -> dict[
 
 
 def _factors(scores: Scores, components: dict | None, notes: list[str]) -> dict[str, Any] | None:
-    """Maximum likelihood and promax: with as many factors as paper B (if there are as many tasks), else as are kept."""
-    count = FACTORS if len(scores.tasks) == len(TASKS) else max(1, components["kept"] if components else 1)
+    """Maximum likelihood and promax: with as many factors as paper B (of its tasks), else as are kept."""
+    count = FACTORS if set(scores.tasks) == set(TASKS) else max(1, components["kept"] if components else 1)
     try:
         fit = factor_analysis(scores, count)
     except UserError as error:
@@ -364,7 +378,7 @@ def _factors(scores: Scores, components: dict | None, notes: list[str]) -> dict[
     return {
         "count": count, "tasks": fit.tasks, "pattern": fit.pattern, "contribution": fit.contribution,
         "uniquenesses": fit.uniquenesses, "heywood": fit.heywood, "starts": fit.starts, "reached": fit.reached,
-        "warnings": fit.warnings,
+        "scores": factor_scores(scores, fit), "warnings": fit.warnings,
     }  # fmt: skip
 
 
@@ -373,7 +387,8 @@ def _questions(reference: Reference, components: dict | None) -> tuple[Question,
     if kind == "yours":
         single = [Question(f"{t}_{axis}", t, axis, (t,)) for t in tasks[:6] for axis in ("ja", "total")]
         named = [q for q in QUESTIONS["saito"] if q.tasks and set(q.tasks) <= set(tasks)]
-        questions = (*(named or single), *(q for q in QUESTIONS["saito"] if q.component is not None))
+        rest = [q for q in single if q.tasks not in {n.tasks for n in named}]
+        questions = (*named, *rest, *(q for q in QUESTIONS["saito"] if q.component is not None))
     else:
         questions = QUESTIONS[kind]
     have = len(components["variance"]) if components else 0
@@ -514,6 +529,8 @@ def _equivalence(
             continue
         curve, refused = [], ""
         for d in CHANGES:
+            if abs(d) > np.ptp(law.y):  # no two models of the law are so far apart
+                continue
             found = budget_factor(d, np.full(MANY_DRAWS, d), law)
             if isinstance(found, Refused):
                 refused = found.reason

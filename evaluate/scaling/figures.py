@@ -425,7 +425,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     parts = []
     if components:
         parts = [("all", components), *([("scratch", components["scratch"])] if components["scratch"] else [])]
-    corr = result["correlations"]
+    corr, factors = result["correlations"], result["factors"]
     return {
         "models": [
             {
@@ -448,8 +448,23 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             for k in range(len(part["loadings"]))
             for t, task in enumerate(components["tasks"])
         ],
+        "budget_correlations": list(components["budgets"]) if components else [],
+        "factors": [
+            {"factor": k + 1, "contribution": factors["contribution"][k], "task": task, "pattern": factors["pattern"][k][t], "uniqueness": factors["uniquenesses"][t]}
+            for k in range(factors["count"])
+            for t, task in enumerate(factors["tasks"])
+        ] if factors else [],
+        "factor_scores": [
+            {"model": m["name"], **{f"factor{k + 1}": v for k, v in enumerate(row)}}
+            for m, row in zip(result["models"], factors["scores"], strict=True)
+        ] if factors else [],
         "laws": [_law_table_row(law) for law in [*result["laws"], *result["all_laws"]] if "slope" in law],
         "law_points": [{"law": law["key"], **p} for law in result["laws"] for p in law.get("points", [])],
+        "law_bands": [
+            {"law": law["key"], "x": x, "low": low, "expected": expected, "high": high}
+            for law in result["laws"]
+            for x, low, expected, high in law.get("band", [])
+        ],
         "efficiency": [
             {"score": e["name"], **p}
             for e in result["efficiency"]
@@ -467,7 +482,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         ],
         "yours": [
             {"model": p["name"], "kind": p["kind"], "size_bytes": p["size_bytes"], **{f"value_{lang}": b["value"] for lang, b in p["budgets"].items()},
-             "law": q["key"], **{k: q[k] for k in ("log_budget", "value", "predicted", "low", "high", "residual", "extrapolated", "sentence")}}
+             "law": q["key"], **{k: q[k] for k in ("log_budget", "value", "predicted", "low", "high", "residual", "extrapolated", "convention", "sentence")}}
             for p in result["yours"]
             for q in p["placements"]
         ],
