@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from tsugiki.bases import load_bases, resolve
+from tsugiki.bases import Base, load_bases, resolve
 from tsugiki.errors import UserError
 from tsugiki.progress import console
 from tsugiki.recipes.cli_levels import add_commands
@@ -28,6 +31,20 @@ stage_command(quantize_app, "gguf", "gguf", "Write base and best adapter as one 
 add_commands(quantize_app)
 
 
+@contextmanager
+def base_with_template(base: str) -> Iterator[tuple[Path, Base | None]]:
+    """The base's folder and, where it has a name, its entry; one that ``bases.yaml`` says has no chat template gets its family's."""
+    from tsugiki.chat import supply_template
+    from tsugiki.recipes.recipe import BASES
+
+    bases = load_bases(BASES)
+    folder, known = resolve(base, bases), bases.get(base)
+    with TemporaryDirectory(prefix="tsugiki-base-") as temporary:
+        if known and known.chat_template == "supplied":
+            folder = supply_template(folder, known.family, Path(temporary) / "base")
+        yield folder, known
+
+
 @quantize_app.command("convert")
 def quantize_convert(
     base: Annotated[str, typer.Option("--base", help="A name from `tsugiki recipe list`, or a folder.", show_default=False)],
@@ -41,25 +58,21 @@ def quantize_convert(
     dataset: Annotated[list[str] | None, typer.Option(help="A data set it was trained on; may be repeated.")] = None,
 ) -> None:
     """Convert a base, with an adapter or without, to GGUF."""
-    from tsugiki.bases import resolve
     from tsugiki.quantize.convert import convert, convert_lora
-    from tsugiki.recipes.recipe import BASES
 
     if lora_only and adapter is None:
         raise UserError("--lora-only writes an adapter, and none is named", hint="Add --adapter DIR.")
-    bases = load_bases(BASES)
-    folder = resolve(base, bases)
-    if lora_only:
-        written = convert_lora(folder, out, adapter, dtype=dtype, name=name or None)
-        console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.merged} updates, for a GGUF of {escape(base)}")
-    else:
-        known = bases.get(base)
-        written = convert(
-            folder, out, adapter, dtype=dtype, name=name or None, licence=licence or (known.licence if known else None),
-            languages=known.languages if known else (), base_model=(known.hub_id or known.name) if known else None,
-            datasets=dataset or (), tokenizer_dir=tokenizer,
-        )
-        console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
+    with base_with_template(base) as (folder, known):
+        if lora_only:
+            written = convert_lora(folder, out, adapter, dtype=dtype, name=name or None)
+            console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.merged} updates, for a GGUF of {escape(base)}")
+        else:
+            told = {"licence": known.licence, "languages": known.languages, "base_model": known.hub_id or known.name} if known else {}
+            if licence:
+                told["licence"] = licence
+            written = convert(folder, out, adapter, dtype=dtype, name=name or (known.name if known else None), datasets=dataset or (),
+                              tokenizer_dir=tokenizer, **told)
+            console.print(f"{escape(str(out))}: {written.bytes / 1e6:,.1f} MB, {written.tensors} tensors, {written.merged} changed by the adapter")
     for tensor, kind in written.wide.items():
         console.print(f"  {escape(tensor)}: beyond the range of {dtype}, written as {kind}")
     for note in written.notes:
@@ -76,13 +89,18 @@ def quantize_parity(
 ) -> None:
     """Prove that a GGUF is the model it was made from: token ids, chat template, BOS, end of turn, logits."""
     from tsugiki.artifacts import write_json
-    from tsugiki.bases import resolve
     from tsugiki.quantize.gate import check_gate, gate, read_texts
-    from tsugiki.recipes.recipe import BASES
 
-    found = gate(file, resolve(base, load_bases(BASES)), adapter, texts=read_texts(text))
+    with base_with_template(base) as (folder, _):
+        found = gate(file, folder, adapter, texts=read_texts(text))
     if json_out:
         write_json(json_out, found)
+    show_gate(file, found)
+    check_gate(found)
+
+
+def show_gate(file: Path, found: dict) -> None:
+    """Print what the parity gate compared."""
     table = plain_table(f"{file.name} against transformers", "texts", "number", "same ids", "unknown", "unexplained", numbers=True)
     for group, n in found["ids"]["groups"].items():
         table.add_row(group, f"{n['texts']:,}", f"{n['rate']:.2%}", str(n["unknown"]), str(n["unexplained"]))
@@ -92,7 +110,6 @@ def quantize_parity(
     stdout().print("end of turn: " + {True: "llama.cpp stops there", False: "llama.cpp does NOT stop there", None: "no chat template"}[found["stops"]])
     if logits:
         stdout().print(f"logits: KL {logits['kl_mean']:.1e} nats/token over {logits['tokens']:,} tokens, top-1 {logits['top1']:.2%}")
-    check_gate(found)
 
 
 @quantize_app.command("types")

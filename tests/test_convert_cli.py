@@ -79,3 +79,25 @@ def test_parity_says_what_was_compared_and_refuses_another_model(tsugiki_, tmp_p
     code, _, said = tsugiki_("quantize", "parity", "m.gguf", "--base", other)
     assert code == 2
     assert "other vocabulary" in said or "not the same model" in said or "another base" in said
+
+
+def test_a_base_without_a_template_gets_its_familys_and_stops_there(tsugiki_, tmp_path, monkeypatch):
+    from tsugiki.recipes import recipe
+
+    (tmp_path / "base").mkdir()
+    for file in BASE.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "bases.yaml").write_text(
+        "mine: {path: base, family: qwen2, architecture: Qwen2ForCausalLM, licence: mit, chat_template: supplied, languages: [ja]}\n"
+    )
+    monkeypatch.setattr(recipe, "BASES", tmp_path / "bases.yaml")
+    code, _, said = tsugiki_("quantize", "convert", "--base", "mine", "--out", "m.gguf")
+    assert code == 0, said
+    value = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert value["tokenizer.ggml.tokens"][value["tokenizer.ggml.eot_token_id"]] == "<|im_end|>"
+    assert "<|im_start|>" in value["tokenizer.chat_template"]
+    assert (value["general.name"], value["general.languages"]) == ("mine", ["ja"])
+    code, out, said = tsugiki_("quantize", "parity", "m.gguf", "--base", "mine")
+    assert code == 0, said
+    assert "llama.cpp stops there" in out
