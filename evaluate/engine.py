@@ -11,10 +11,12 @@ import codecs
 import ctypes
 import hashlib
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import llama_cpp
@@ -49,16 +51,16 @@ def _log(level: int, text: bytes, user_data) -> None:
         _complaints.append(text.decode("utf-8", "replace").strip())
 
 
-_started = False
+_opening = threading.Lock()  # llama.cpp describes its system in one static string and registers its devices once
 
 
-def _start() -> None:
-    # importing llama_cpp installed a callback that prints; the backend is initialised once a process
-    global _started
-    if not _started:
-        llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        _started = True
+@cache
+def _start() -> bool:
+    """Prepare llama.cpp once a process; whether its build has an AMX path."""
+    # importing llama_cpp installed a callback that prints
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
 def thread_count(path: Path | str) -> int:
@@ -127,17 +129,19 @@ class Engine:
         self._model = self._context = self._batch = None
         self.path = Path(path)
         check_gguf(self.path)
-        _start()
+        with _opening:
+            amx = _start()
         started = time.perf_counter()
         able = llama_cpp.llama_supports_gpu_offload()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = (-1 if able else 0) if n_gpu_layers is None else n_gpu_layers
         self.offload = able and model_params.n_gpu_layers != 0
-        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        if amx:
             # seen: quantized weights repacked for AMX tiles crash llama_decode on a virtual Sapphire Rapids
             model_params.use_extra_bufts = False
         _complaints.clear()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
+        with _opening:
+            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
         if not self._model:
             raise UserError(f"llama.cpp cannot load it: {_reason()}", where=str(self.path))
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
