@@ -306,7 +306,7 @@ def _vllm(model: Path, settings: LanguageSettings, n_threads: int | None) -> Ite
     def sample(n: int, seed: int, on_done: Callable[[int], None]) -> list[list[int]]:
         nonlocal llm
         # opened late: what the settings ask for is refused before a GPU is filled
-        llm = llm or LLM(model=str(model), max_model_len=settings.tokens + 1, max_num_seqs=settings.width,
+        llm = llm or LLM(model=str(model), max_model_len=settings.tokens + 1, max_num_seqs=max(settings.width, CHUNK),
                          disable_log_stats=True)
         params = [SamplingParams(temperature=1.0, top_p=1.0, top_k=0, ignore_eos=True, max_tokens=settings.tokens,
                                  detokenize=False, seed=(seed + i) % 2**63) for i in range(n)]
@@ -315,7 +315,7 @@ def _vllm(model: Path, settings: LanguageSettings, n_threads: int | None) -> Ite
             on_done(i)
         return [list(one.outputs[0].token_ids) for one in found]
 
-    yield Sampler("vLLM", fingerprint(model), config.max_position_embeddings, start, kind,
+    yield Sampler("vLLM", fingerprint(model), config.max_position_embeddings - 1, start, kind,  # the start token counts there
                   token_bytes(tokenizer, config.vocab_size), frozenset({start, eos} - {None}), sample)
 
 

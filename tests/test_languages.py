@@ -292,7 +292,7 @@ def test_a_folder_goes_to_vllm_with_the_settings_of_the_paper(tmp_path, monkeypa
 
     class LLM:
         def __init__(self, model, max_model_len, max_num_seqs, disable_log_stats):
-            assert model == str(BASE) and max_model_len == 9
+            assert model == str(BASE) and max_model_len == 9 and max_num_seqs == 64  # a chunk at once
 
         def generate(self, prompts, params, use_tqdm):
             asked.extend(params)
@@ -308,5 +308,8 @@ def test_a_folder_goes_to_vllm_with_the_settings_of_the_paper(tmp_path, monkeypa
     generate_languages(BASE, LanguageSettings(sequences=5, tokens=8), tmp_path)
     found = summarise(tmp_path, resamples=20)
     assert found["engine"] == "vLLM" and found["done"] == 5 and found["start"]["kind"] == "BOS"
+    longest = json.loads((BASE / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    with pytest.raises(UserError, match=f"trained for {longest - 1}"):  # vLLM counts the start token
+        generate_languages(BASE, LanguageSettings(sequences=5, tokens=longest), tmp_path / "long")
     assert len({p.pop("seed") for p in asked}) == 5
     assert asked == [{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "ignore_eos": True, "max_tokens": 8, "detokenize": False}] * 5
