@@ -39,6 +39,7 @@ from tsugiki.progress import progress
 from tsugiki.tokenizers import load_tokenizer
 
 CHUNK = 64  # sequences in one file: what a killed run repeats
+CHUNK_OF = ("sha256", "seed", "tokens")  # what a chunk says of its run, since chunks are gathered from machines
 RESAMPLES = 1000
 MIN_ENDS = 30  # document ends that a language's mean length needs; fewer: the mean over all languages
 MODEL_SHA256 = "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"  # lid.176.ftz
@@ -237,7 +238,8 @@ def generate_languages(model: Path, settings: LanguageSettings, out: Path, *, n_
                 times = {"generation_s": round(generated - began, 3),
                          "identification_s": round(time.perf_counter() - generated, 3)}
                 example = b"".join(sampler.pieces[i] for i in sequences[0]).decode("utf-8", "replace")[:200]
-                write_jsonl(_chunk_path(out, chunk), [{**times, "example": example}, *rows])
+                of = {k: run[k] for k in CHUNK_OF}
+                write_jsonl(_chunk_path(out, chunk), [{**of, **times, "example": example}, *rows])
 
 
 @dataclass(frozen=True)
@@ -449,17 +451,19 @@ def summarise(out: Path, *, reported: dict[str, float] | None = None, resamples:
         reported: language → share, for Kendall's tau; CommonCrawl (table 3) is always compared.
 
     Raises:
-        UserError: no finished chunk.
+        UserError: no finished chunk, or chunks of another model, seed or length.
     """
     run = read_json(Path(out) / "run.json")
     paths = sorted((Path(out) / "chunks").glob("??????.jsonl"))
     if not paths:
         raise UserError(f"there is no finished chunk in {out}", hint="Run the command again; a chunk is 64 sequences.")
-    rows, seconds = [], Counter()
+    rows, seconds, problems = [], Counter(), []
     for path in paths:
         head, *chunk = read_jsonl(path)
+        problems += [f"{path.name}: {k} {head[k]!r}, this run's is {run[k]!r}" for k in CHUNK_OF if head.get(k, run[k]) != run[k]]
         rows += chunk
         seconds.update({k: head[k] for k in ("generation_s", "identification_s")})
+    raise_problems(problems, what=f"Chunks of another run in {out}", hint="Take them out of chunks/, or give another --out.")
     n = len(rows)
     counts = Counter(label for r in rows for label in (r["label"], r["first"], *r["lines"], *r["documents"]))
     languages = sorted(counts)
