@@ -11,7 +11,7 @@ from pathlib import Path
 from tsugiki.artifacts import write_json
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.quantize.child import run_child, serve
-from tsugiki.quantize.parity import check_bos, logits_agreement, parity
+from tsugiki.quantize.parity import bos_notes, check_bos, logits_agreement, parity
 from tsugiki.quantize.texts import SENTENCES, hard_texts
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
@@ -59,7 +59,7 @@ def gate(
         system: the domain's system prompt.
 
     Returns:
-        JSON-ready: ``passed``; ``problems``, sentences; ``ids``, what :class:`tsugiki.quantize.parity.Parity` holds;
+        JSON-ready: ``passed``; ``problems`` and ``notes``, sentences; ``ids``, what :class:`tsugiki.quantize.parity.Parity` holds;
         ``templates`` ``{"conversations", "identical", "first"}``; ``stops`` (the end-of-turn token ends generation);
         ``logits``, an :class:`tsugiki.quantize.parity.Agreement`; ``settings``.
 
@@ -186,7 +186,7 @@ def measure(
         "ids": asdict(ids) | {"rate": ids.rate}, "templates": rendering, "stops": stops,
         "logits": logits and asdict(logits), "settings": asdict(settings),
     }
-    found["problems"] = problems_of(found, ids)
+    found["problems"], found["notes"] = problems_of(found, ids), bos_notes(ids)
     return {"passed": not found["problems"], **found}
 
 

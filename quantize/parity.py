@@ -47,7 +47,8 @@ class Parity:
             ``segmentation`` (anything else: the file is not the same tokenizer).
         template: whether the stored chat template is the tokenizer's, letter for letter.
         bos: how many BOS ids stand at the start of a rendered conversation in ``hf`` and in ``gguf``, and of a
-            plain text with special tokens added (``hf_text``, ``gguf_text``).
+            plain text with special tokens added (``hf_text``, ``gguf_text``); ``gguf_added``: of the conversation in a
+            program that tokenizes the rendered text as if it were plain.
     """
 
     texts: int
@@ -158,12 +159,22 @@ def check_bos(found: Parity) -> None:
         UserError: with the counts.
     """
     b = found.bos
-    if b["gguf"] != b["hf"] or b["gguf_text"] != b["hf_text"] or max(b.values(), default=0) > 1:
+    if b["gguf"] != b["hf"] or b["gguf_text"] != b["hf_text"] or max(v for k, v in b.items() if k != "gguf_added") > 1:
         raise UserError(
             f"BOS at the start: of a conversation {b['hf']} (transformers) and {b['gguf']} (GGUF), "
             f"of a text {b['hf_text']} and {b['gguf_text']}; equal numbers of at most 1 are needed",
             hint="Look at bos_token and chat_template in the base's tokenizer_config.json.",
         )
+
+
+def bos_notes(found: Parity) -> list[str]:
+    """What a program may get wrong with a file that is right."""
+    if found.bos.get("gguf_added", 0) <= max(1, found.bos["gguf"]):
+        return []
+    return [
+        f"the chat template writes BOS and the file says that BOS is added (as the base does): a program that renders a "
+        f"conversation and then tokenizes it with add_bos=True begins it with {found.bos['gguf_added']} BOS; render, then add nothing"
+    ]
 
 
 def _vocabulary(path: Path | str):
@@ -213,6 +224,7 @@ def _count_bos(tokenizer, model) -> dict[str, int]:
         text = prompt_text(tokenizer, "猫")
         counts["hf"] = leading(tokenizer(text, add_special_tokens=False)["input_ids"])
         counts["gguf"] = leading(model.tokenize(text.encode(), add_bos=False, special=True))
+        counts["gguf_added"] = leading(model.tokenize(text.encode(), add_bos=True, special=True))
     return {"hf": 0, "gguf": 0} | counts
 
 

@@ -110,6 +110,8 @@ def show_gate(file: Path, found: dict) -> None:
     stdout().print("end of turn: " + {True: "llama.cpp stops there", False: "llama.cpp does NOT stop there", None: "no chat template"}[found["stops"]])
     if logits:
         stdout().print(f"logits: KL {logits['kl_mean']:.1e} nats/token over {logits['tokens']:,} tokens, top-1 {logits['top1']:.2%}")
+    for note in found["notes"]:
+        stdout().print(f"note: {escape(note)}", soft_wrap=True)
 
 
 @quantize_app.command("types")

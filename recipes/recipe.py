@@ -375,7 +375,7 @@ def gguf_stage(run: Run) -> bool:
                 "parity": {k: same[k] for k in ("texts", "identical", "rate")},
                 "parity_groups": [{"group": g, **v} for g, v in same["groups"].items()],
                 "differences": same["differences"],
-                "template_identical": same["template"], "templates": found["templates"], "bos": same["bos"], "stops": found["stops"],
+                "template_identical": same["template"], "templates": found["templates"], "bos": same["bos"], "notes": found["notes"], "stops": found["stops"],
                 "logits": logits,
             },
         )

@@ -15,7 +15,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tsugiki.chat import end_of_turn_id, prompt_text
 from tsugiki.errors import UserError
 from tsugiki.quantize.convert import convert
-from tsugiki.quantize.parity import Parity, check_bos, logits_agreement, parity, template_texts
+from tsugiki.quantize.parity import Parity, bos_notes, check_bos, logits_agreement, parity, template_texts
 from tsugiki.quantize.texts import HARD_TEXTS, SENTENCES
 from tsugiki.recipes.pretrain import TINY_BASES, build_model
 
@@ -137,6 +137,16 @@ def test_two_bos_are_refused():
     bos = {"hf": 1, "gguf": 2, "hf_text": 1, "gguf_text": 1}
     with pytest.raises(UserError, match=r"1 \(transformers\) and 2 \(GGUF\)"):
         check_bos(Parity(1, 1, 0, {}, [], True, bos))
+
+
+def test_a_second_bos_in_programs_that_add_one_is_noted_not_refused(pair):
+    name, tokenizer, path, model = pair
+    found = parity(path, tokenizer, {})
+    check_bos(found)
+    ids = model.tokenize(prompt_text(tokenizer, "猫").encode(), add_bos=True, special=True)
+    doubled = ids[:2] == [tokenizer.bos_token_id] * 2
+    assert doubled == (name == "tiny-llama")  # it alone puts BOS both into its template and before a text
+    assert [f"begins it with {n} BOS" in note for n, note in zip((2,), bos_notes(found), strict=False)] == [True] * doubled
 
 
 def test_another_tokenizer_is_told_from_the_right_one(tmp_path):
