@@ -105,6 +105,14 @@ def test_the_public_matrix_is_35_by_19_and_every_model_is_in_the_shipped_table()
     assert scores.models == PAPER_B and scores.tasks == list(TASKS)
 
 
+@needs_scores
+def test_the_deviation_that_the_text_gives_to_mgsm_is_that_of_gsm8k():
+    """Saito et al. write 0.246 for MGSM."""
+    scores = load_scores(SCORES_35)
+    assert scores.column("mgsm_ja").std(ddof=1) == pytest.approx(0.2006, abs=5e-5)
+    assert scores.column("gsm8k").std(ddof=1) == pytest.approx(0.2459, abs=5e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 6).flatmap(
