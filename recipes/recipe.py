@@ -47,6 +47,7 @@ class RecipeSettings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     levels: tuple[str, ...] = field(default=LEVELS, metadata={"help": "quantization levels to make"})
     imatrix: bool = field(default=True, metadata={"help": "quantize with an importance matrix of the training data"})
+    imatrix_text: str = field(default="", metadata={"help": "general text (a file) for half of the importance matrix's tokens; empty: training data alone"})
     check_items: int = field(default=200, metadata={"help": "test items that each level is checked on, in hash order"})
     evaluate_items: int = field(default=500, metadata={"help": "test items scored before and after adaptation, in hash order"})
     sensitivity_tokens: int = field(default=512, metadata={"help": "tokens on which each group of tensors is lowered alone, for the heat map; 0: none"})
@@ -147,7 +148,7 @@ def setting_names() -> dict[str, dataclasses.Field]:
     names |= {f"sweep.{f.name}": f for f in dataclasses.fields(FitSettings)}
     names |= {f"check.{f.name}": f for f in dataclasses.fields(CheckSettings)}
     names |= {f"evaluate.{f.name}": f for f in dataclasses.fields(BenchmarkChoice)}
-    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "imatrix", "check_items", "evaluate_items", "sensitivity_tokens")}
+    names |= {f.name: f for f in dataclasses.fields(RecipeSettings) if f.name in ("levels", "imatrix", "imatrix_text", "check_items", "evaluate_items", "sensitivity_tokens")}
     return names
 
 
@@ -386,10 +387,14 @@ def gguf_stage(run: Run) -> bool:
 
 def levels_stage(run: Run) -> bool:
     """The quantized files, and what was really written into them."""
+    general = [Path(run.settings.imatrix_text)] if run.settings.imatrix_text else []
+    for path in general:
+        if not path.is_file():
+            raise UserError("there is no such file", where=f"imatrix_text: {path}", hint="Name a file of plain text, or .jsonl.")
     inputs = {
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": list(run.settings.levels),
-        "imatrix": run.settings.imatrix and stage_hash(run.folder / "data", "train.jsonl"),
+        "imatrix": run.settings.imatrix and [stage_hash(run.folder / "data", "train.jsonl"), *map(sha256_file, general)],
         "code": code_digest("tsugiki.quantize.levels", "tsugiki.quantize.imatrix", "tsugiki.quantize.native", "tsugiki.quantize.child"),
     }
 
@@ -400,7 +405,7 @@ def levels_stage(run: Run) -> bool:
         f16 = run.folder / "gguf" / "model-F16.gguf"
         matrix = folder / "imatrix.gguf" if run.settings.imatrix else None
         if matrix:
-            make_imatrix(f16, matrix, domain=run.folder / "data" / "train.jsonl")
+            make_imatrix(f16, matrix, domain=run.folder / "data" / "train.jsonl", general=general)
         rows = []
         for level in run.settings.levels:
             out = folder / f"model-{level}.gguf"
@@ -430,14 +435,15 @@ def check_stage(run: Run) -> bool:
         "sensitivity": run.settings.sensitivity_tokens and [run.settings.sensitivity_tokens, run.settings.imatrix],
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
-        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict",
-                            "tsugiki.quantize.attribution", "tsugiki.quantize.sensitivity", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
+        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict", "tsugiki.quantize.child",
+                            "tsugiki.quantize.native", "tsugiki.quantize.imatrix", "tsugiki.quantize.parity", "tsugiki.quantize.attribution", "tsugiki.quantize.sensitivity", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
                             "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
     }
 
     def work(folder: Path) -> list[Path]:
         from tsugiki.quantize.attribution import attribute
-        from tsugiki.quantize.check import check
+        from tsugiki.quantize.check import cache_probe, check
+        from tsugiki.quantize.profile import file_profile
         from tsugiki.quantize.sensitivity import sensitivity
 
         data = read_json(run.folder / "data" / "data.json")
@@ -457,6 +463,15 @@ def check_stage(run: Run) -> bool:
                 run.folder / "gguf" / "model-F16.gguf", run.folder / "data" / "test.jsonl", tokens=tokens,
                 imatrix=run.folder / "levels" / "imatrix.gguf" if run.settings.imatrix else None,
             )
+        built = file_profile(run.folder / "gguf" / "model-F16.gguf")
+        found["profile"] = built.as_dict()
+        level = found["recommended"]["level"]
+        if built.outlying:  # quantized keys in the cache may ruin such a model whatever its weights are
+            path = ({"F16": run.folder / "gguf" / "model-F16.gguf"} | _level_paths(run))[level]
+            found["cache"] = {"file": path.name, "rows": cache_probe(path, test[:STEP_ITEMS])}
+            keys = {r["keys"]: r["kld_mean"] for r in found["cache"]["rows"] if r["keys"] != "f16"}
+            console.print(f"  [yellow]outlying key biases in {len(built.outlying)} layer(s)[/]: with quantized keys in the cache {level}'s predictions "
+                          "move by KL " + ", ".join(f"{kl:.1e} ({kind})" for kind, kl in keys.items()))
         write_json(folder / "check.json", found)
         for row in found["levels"]:
             console.print(f"  {row['level']:<7} {row['verdict']:<12} ΔNLL {row['delta_nll']:+.4f}  KL {row['kld_mean']:.5f}  "

@@ -218,6 +218,15 @@ def test_the_steps_and_the_heat_map_are_shown_where_they_were_measured(tmp_path)
     assert "Adapter, not merged" not in without and "Where quantization hurts" not in without
 
 
+def test_the_caches_cost_is_shown_where_key_biases_stand_out(tmp_path):
+    stages = stage_files()
+    rows = [{"keys": k, "values": v, "kld_mean": kl} for k, v, kl in (("f16", "f16", 0.0), ("q8_0", "f16", 0.31), ("f16", "q4_0", 0.002))]
+    stages["check"] |= {"profile": {"outlying": [0, 27]}, "cache": {"file": "model-Q4_K_M.gguf", "rows": rows}}
+    text = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
+    assert outline(text).problems == []
+    assert "(layer " in text and "0, 27" in text and "3.1e-01" in text and "2.0e-03" in text
+
+
 def test_a_forecast_of_no_gain_is_said_although_the_largest_count_is_best(tmp_path):
     ahead = {"a": 3.0, "b": 1.5, "c": 0.8, "at": 2000, "nll": 0.99, "nll_ci": [0.98, 1.0], "gain": 0.005, "gain_ci": [0.0, 0.01],
              "backcast": {"n": 1000, "predicted": 1.0, "measured": 0.995}, "answer": "no"}
