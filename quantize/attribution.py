@@ -14,10 +14,10 @@ import numpy as np
 
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.engine import Engine, check_gguf
-from tsugiki.machine import cpu_count, peak_rss
+from tsugiki.machine import available_memory, cpu_count, peak_rss
 from tsugiki.progress import progress
 from tsugiki.quantize.child import say
-from tsugiki.quantize.compare import WIDTH, available_memory, divergence, run_task, same_vocabulary, serve_tasks
+from tsugiki.quantize.compare import WIDTH, divergence, run_task, same_vocabulary, serve_tasks
 from tsugiki.quantize.parity import load_reference, merge_reference, reference_bytes
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings, divergences, ratios
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
