@@ -104,6 +104,13 @@ def test_scripts_tell_the_language_or_leave_it_open(text, language):
     assert language_by_script(text) == language
 
 
+def test_text_in_latin_letters_is_not_english_by_that_alone(tmp_path):
+    said = ["ポンプを止める。", "Please stop the pump and wait for the engineer.", "Der alte Mann ging langsam nach Hause.", "123"]
+    write_encoded(tmp_path / "train.jsonl", [EncodedSample(f"s{i}", text, "", "d", "", [1] * 10, []) for i, text in enumerate(said)])
+    tokens, how = tokens_by_language(tmp_path / "train.jsonl", 4, 400)
+    assert tokens == {"ja": 100, "en": 100, "de": 100, "und": 100} and "Latin text by fastText" in how
+
+
 def test_without_training_rows_the_tokens_are_of_undetermined_language(tmp_path):
     tokens, said = tokens_by_language(tmp_path / "train.jsonl", 10, 500)
     assert tokens == {"und": 500.0} and "undetermined" in said

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,24 +203,35 @@ def tokens_by_language(train: Path, n: int, tokens: int) -> tuple[dict[str, floa
     """Training tokens of an adapter by language, and how they were divided.
 
     The first ``n`` rows of ``train`` are its samples; a sample counts as Japanese with kana or at least as many kanji
-    as Latin letters, as English with Latin letters only, else as undetermined: a rule on scripts, not an identification.
+    as Latin letters; one with Latin letters alone has the language that fastText identifies; else it is undetermined.
+    (fastText for every sample would be worse: it reads short questions with many kanji as Chinese.)
     Without the file all tokens are undetermined.
     """
     if not train.exists():
         return {"und": float(tokens)}, f"The adapter's {tokens:,} tokens are of undetermined language: no training rows are kept."
-    counts = {"ja": 0, "en": 0, "und": 0}
+    counts, latin = Counter(), []
     for sample in read_encoded(train)[:n]:
-        counts[language_by_script(sample.prompt + sample.completion)] += len(sample.ids)
+        text = f"{sample.prompt}\n{sample.completion}"
+        language = language_by_script(text)
+        if language == "en":
+            latin.append((text, len(sample.ids)))
+        else:
+            counts[language] += len(sample.ids)
+    if latin:
+        from tsugiki.evaluate.languages import identify  # with llama.cpp behind it
+
+        for (language, _), (_, size) in zip(identify([text for text, _ in latin]), latin, strict=True):
+            counts[language] += size
     whole = sum(counts.values())
     if not whole:
         return {"und": float(tokens)}, f"The adapter's {tokens:,} tokens are of undetermined language."
     shares = {k: c / whole for k, c in counts.items()}
     said = ", ".join(f"{share:.1%} {k}" for k, share in shares.items() if share)
-    return {k: share * tokens for k, share in shares.items()}, f"The adapter's {tokens:,} tokens were divided by script: {said}."
+    return {k: share * tokens for k, share in shares.items()}, f"The adapter's {tokens:,} tokens were divided by script{', Latin text by fastText' if latin else ''}: {said}."
 
 
 def language_by_script(text: str) -> str:
-    """``ja``, ``en`` or ``und`` by the scripts in a text."""
+    """``ja``, ``en`` (any text in Latin letters alone) or ``und`` by the scripts in a text."""
     kana, kanji, latin = (len(p.findall(text)) for p in (_KANA, _KANJI, _LATIN))
     if kana or (kanji and kanji >= latin):
         return "ja"
