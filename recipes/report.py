@@ -101,11 +101,16 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
+def scaling_page(run_dir: Path) -> str:
+    """Where the page of ``tsugiki evaluate scaling`` lies from a run's report, or ""."""
+    return "../../scaling/scaling.html" if (run_dir / ".." / ".." / "scaling" / "scaling.html").is_file() else ""
+
+
 def render(run_dir: Path) -> str:
     """The page as text. Every value is escaped; the embedded JSON cannot end its script element."""
     stages = read_stages(run_dir)
     timings = _timings(run_dir)
-    view = _view(run_dir, stages, timings)
+    view = _view(run_dir, stages, timings) | {"scaling": scaling_page(run_dir)}
     environment = Environment(
         loader=PackageLoader("tsugiki.recipes", "."),
         autoescape=True,

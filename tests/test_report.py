@@ -101,6 +101,15 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_the_page_links_to_the_page_of_compute_where_there_is_one(tmp_path):
+    run = write_run(tmp_path)
+    assert "scaling.html" not in write_report(run).read_text(encoding="utf-8")
+    (tmp_path / "scaling").mkdir()
+    (tmp_path / "scaling" / "scaling.html").write_text("", encoding="utf-8")
+    links = outline(write_report(run).read_text(encoding="utf-8")).links
+    assert [(run / link).resolve() for link in links if link.endswith("scaling.html")] == [(tmp_path / "scaling" / "scaling.html").resolve()]
+
+
 def test_the_page_says_what_to_ship_and_whether_more_data_helps(tmp_path):
     text = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
     top = text[text.index("<main>") : text.index('id="curve"')]
