@@ -5,7 +5,6 @@ Native code runs here only: a file that makes llama.cpp abort gives a sentence, 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,21 +135,6 @@ def compare(
     return {"sample": sample, **arrays}, peak
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: free memory and what the system gives back, within its cgroup."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        return free if most == "max" else min(free, int(most) - used)
-    except (OSError, ValueError):
-        return free
-
-
 def memory_of(path: Path | str, *, n_ctx: int, vocab_size: int, kv_bytes: int) -> int:
     """Bytes that one open file takes at most: weights, F16 cache (``kv_bytes`` a token), logits, activations."""
     return Path(path).stat().st_size + n_ctx * kv_bytes + 4 * BATCH * vocab_size + LOGIT_BYTES + (64 << 20)
@@ -253,7 +237,7 @@ def _lock_step(engines: Sequence[Engine], samples: Sequence[EncodedSample]) -> I
 # --- divergence -------------------------------------------------------------------------------------------------
 
 
-def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
+def divergence(logits: Sequence[np.ndarray], targets: np.ndarray, threads: int | None = None) -> dict[str, np.ndarray]:
     """What each file makes of the same ``R`` positions; the first of the files is the reference ``p``.
 
     With each file's logits less their largest, ``u = x − max x``, and ``m = Σ exp u``:
@@ -266,6 +250,7 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
     Args:
         logits: float32 ``(R, V)`` of each file.
         targets: ``(R,)`` token ids.
+        threads: at most; ``None``: one a core.
 
     Returns:
         ``nll`` and ``kld`` in nats, ``top1`` (the reference's most probable id is the file's, 0 or 1) and ``top5``
@@ -274,7 +259,7 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, n
     number, width = logits[0].shape
     step = max(1, CHUNK // width)
     found = {key: np.zeros((len(logits), number)) for key in ("nll", "kld", "top1", "top5")}
-    threads = min(cpu_count(), 16, -(-number // step)) if number * width > 4 * CHUNK else 1
+    threads = min(threads or cpu_count(), 16, -(-number // step)) if number * width > 4 * CHUNK else 1
 
     def work(thread: int) -> None:
         # rows padded with zeros to whole leaves; written below width only

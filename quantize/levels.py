@@ -17,9 +17,11 @@ import gguf
 from tsugiki.artifacts import atomic_path
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.engine import check_gguf
+from tsugiki.machine import available_memory
 from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
 from tsugiki.quantize.imatrix import Imatrix, read_imatrix
+from tsugiki.quantize.profile import read_header
 
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
 _FILE_TYPES = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(t) for t in gguf.LlamaFileType}
@@ -146,17 +148,6 @@ def check_space(need: int, folder: Path, level: str) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes that a new process may take without swapping; ``None`` where the system does not say (not Linux)."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return None
-
-
 def read_types(path: Path | str) -> LevelFile:
     """Read the types actually written, the effective bits per weight and the fallbacks from a GGUF file.
 
@@ -164,17 +155,12 @@ def read_types(path: Path | str) -> LevelFile:
         UserError: the file is missing or damaged.
     """
     path = Path(path)
-    check_gguf(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever its numpy views raise
-        raise UserError(f"not a readable GGUF file: {error}", where=str(path)) from error
-    entry = reader.fields.get("general.file_type")
-    number = int(entry.contents()) if entry else -1
+    header = read_header(path)
+    number = header.values.get("general.file_type", -1)
     level = next((name for name, n in _FILE_TYPES.items() if n == number), f"file type {number}")
     return LevelFile(
         level=level, path=str(path), bytes=path.stat().st_size,
-        **summarize(((t.name, [int(n) for n in t.shape], t.tensor_type, int(t.n_bytes)) for t in reader.tensors), level),
+        **summarize(((n, list(t.shape), gguf.GGMLQuantizationType[t.type], t.bytes) for n, t in header.tensors.items()), level),
     )
 
 
@@ -207,7 +193,7 @@ def _quantize(job: dict) -> dict:
     """Plan the level, refuse what cannot work, then let llama.cpp quantize (unless there is no ``out``)."""
     import llama_cpp
 
-    shapes = {t.name: ([int(n) for n in t.shape], t.tensor_type) for t in gguf.GGUFReader(job["path"]).tensors}
+    shapes = {n: (list(t.shape), gguf.GGMLQuantizationType[t.type]) for n, t in read_header(job["path"]).tensors.items()}
     matrix = read_imatrix(job["imatrix"]) if job["imatrix"] else None
     refuse_imatrix(matrix, shapes, job["imatrix"])
     unknown = sorted(set(job["overrides"]) - set(shapes))
@@ -331,7 +317,7 @@ def _refuse_resources(job: dict, shapes: Mapping[str, tuple[list[int], int]], ty
     check_space(os.stat(job["path"]).st_size - before + after + 1024, Path(job["folder"]), job["level"])
     largest = max(min(4 * prod(shape), BUFFER) + prod(shape) for shape, _ in shapes.values())
     free = available_memory()
-    if free is not None and free < largest:
+    if free < largest:
         raise UserError(f"{job['level']} needs about {largest / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
                         where=job["path"], hint="Close other programs.")
 

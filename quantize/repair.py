@@ -29,6 +29,7 @@ from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
 from tsugiki.quantize.imatrix import read_imatrix, read_source
 from tsugiki.quantize.levels import make_level, needs_imatrix, padded_bytes, plan_level, read_types, refuse_imatrix
+from tsugiki.quantize.profile import read_header
 from tsugiki.quantize.sensitivity import (
     Group,
     groups_of,
@@ -73,7 +74,7 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> list[int]:
     if least > budget:
         raise UserError(f"the budget is {budget / 1e6:,.2f} MB of tensors, the smallest types need {least / 1e6:,.2f} MB",
                         hint="Raise the budget, or give an importance matrix: it allows smaller types.")
-    groups, options = np.nonzero(exists)
+    groups = np.nonzero(exists)[0]
     number = len(groups)
     cost = costs[exists] / max(costs[exists].max(), 1e-300)
     cost = cost / max(np.median(cost), 1e-12)  # HiGHS stops at absolute gaps: around 1, not around 1e-5
@@ -86,8 +87,22 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> list[int]:
     )
     if found.x is None:
         raise UserError(f"the integer program found no solution: {found.message}")
-    chosen = found.x > 0.5
-    return options[chosen].tolist()
+    shares = np.full(costs.shape, -1.0)
+    shares[exists] = found.x
+    return _within(shares.argmax(axis=1), costs, sizes, budget).tolist()
+
+
+def _within(picked: np.ndarray, costs: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+    """The choice itself, or, where the solver's tolerance let it pass the budget, with the cheapest steps down that fit."""
+    row, picked = np.arange(len(costs)), picked.copy()
+    while (over := sizes[row, picked].sum() - budget) > 0:
+        saved = sizes[row, picked][:, None] - sizes
+        rise = costs - costs[row, picked][:, None]
+        # one step that is enough where there is one, else the cheapest a byte
+        price = np.where((saved > 0) & np.isfinite(costs), np.maximum(rise, 0) / np.minimum(np.maximum(saved, 1), over), np.inf)
+        group, option = np.unravel_index(price.argmin(), price.shape)
+        picked[group] = option
+    return picked
 
 
 # --- settings and result ------------------------------------------------------------------------------------------
@@ -228,7 +243,7 @@ def repair(
                         hint="A choice judged on the samples that it was made on looks better than it is.")
     shapes = {n: shape for n, (shape, _) in matrices(f16).items()}
     if imatrix:
-        refuse_imatrix(read_imatrix(imatrix), {t.name: ([int(n) for n in t.shape], 0) for t in gguf.GGUFReader(f16).tensors}, str(imatrix))
+        refuse_imatrix(read_imatrix(imatrix), {n: (list(t.shape), 0) for n, t in read_header(f16).tensors.items()}, str(imatrix))
     plan = plan_level(f16, base_level, imatrix=imatrix)
     stock_types = {n: plan[n] for n in shapes}
     cache = Path(cache) if cache else out.with_name(f".{out.stem}.sensitivity.jsonl")
@@ -256,7 +271,8 @@ def repair(
                 path = folder / f"{number}.gguf"
                 size = make_level(f16, base_level, path, imatrix=imatrix, overrides=choice["types"], n_threads=settings.n_threads).bytes
                 if size != head + choice["bytes"]:
-                    raise AssertionError(f"{path.name} has {size} bytes, {head + choice['bytes']} were planned")
+                    raise UserError(f"llama.cpp wrote {size:,} bytes, {head + choice['bytes']:,} were planned", where=str(f16),
+                                    hint="Is there room on the disk? If so, report it: the file may hold a kind of tensor that is not known here.")
                 return path
 
             def held(*files: Path) -> dict:
@@ -264,6 +280,7 @@ def repair(
                 return run_child("tsugiki.quantize.repair", {
                     "measure": [str(p) for p in files], "path": str(f16), "samples": str(heldout), "calib": str(calib),
                     "tokens": settings.held_tokens, "calib_tokens": settings.tokens, "threads": settings.n_threads,
+                    "gpu": settings.n_gpu_layers,
                 }, name="held-out samples", on_message=show)
 
             plans = run_child("tsugiki.quantize.repair", job | {"budgets": _series(kind, tensors, shapes, imatrix, settings.types)}, name="repair", on_message=show)
@@ -420,7 +437,8 @@ def _measure(job: dict) -> dict:
     if shared := sum(digest(s.ids) in seen for s in samples):
         raise UserError(f"{shared} of {len(samples)} held-out samples are calibration samples too", where=job["samples"],
                         hint="Give samples that the choice has not seen.")
-    found = measure(job["path"], job["measure"], samples, threads=job["threads"], on_done=lambda n, of: say(done=n, of=of))
+    found = measure(job["path"], job["measure"], samples, threads=job["threads"], n_gpu_layers=job["gpu"],
+                    on_done=lambda n, of: say(done=n, of=of))
     return {"kl": found["kl"].tolist(), "nll": found["nll"].tolist(), "tokens": found["tokens"].tolist(),
             "documents": [s.document for s in samples], "scored": int(found["tokens"].sum())}
 

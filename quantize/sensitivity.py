@@ -24,15 +24,16 @@ import numpy as np
 
 from tsugiki.artifacts import digest, sha256_file
 from tsugiki.errors import UserError
-from tsugiki.evaluate.engine import Engine, check_gguf, log_sum_exp
-from tsugiki.machine import cpu_count
+from tsugiki.evaluate.engine import Engine, check_gguf
+from tsugiki.machine import available_memory, cpu_count
 from tsugiki.progress import progress
 from tsugiki.quantize.child import run_child, say, serve
+from tsugiki.quantize.compare import divergence
 from tsugiki.quantize.imatrix import chunks_of, read_imatrix, read_source
-from tsugiki.quantize.levels import available_memory
+from tsugiki.quantize.profile import TensorInfo, read_header
 from tsugiki.samples import EncodedSample, read_encoded
 
-MOST_LOGITS = 1 << 30  # bytes of the reference's float32 log-probabilities that are kept: 1,760 tokens of Qwen's 152,064
+MOST_LOGITS = 1 << 30  # bytes of the reference's float32 logits that are kept: 1,760 tokens of Qwen's 152,064
 SINGLE = 64  # matrices up to which each is a group of its own
 LOW, LOW_NARROW = "Q3_K", "Q4_0"  # what a group is lowered to; where rows do not divide by 256 by 32
 ROWS = 256  # of a matrix, evenly spread, from which its rounding error is taken
@@ -61,12 +62,10 @@ def matrices(path: Path | str) -> dict[str, tuple[list[int], int]]:
 
     Of llama.cpp's rules (``tensor_allows_quantization``) those for the families that this kit converts.
     """
-    found = {}
-    for t in gguf.GGUFReader(path).tensors:
-        shape = [int(n) for n in t.shape]
-        if len(shape) > 1 and t.name.endswith("weight") and "_norm." not in t.name and "ffn_gate_inp" not in t.name:
-            found[t.name] = (shape, int(t.tensor_type))
-    return found
+    return {
+        n: (list(t.shape), int(gguf.GGMLQuantizationType[t.type])) for n, t in read_header(path).tensors.items()
+        if len(t.shape) > 1 and n.endswith("weight") and "_norm." not in n and "ffn_gate_inp" not in n
+    }
 
 
 def groups_of(names: Sequence[str], blocks: int | None = None) -> list[Group]:
@@ -139,7 +138,7 @@ class Simulator:
     def __init__(self, probe, path: Path | str, importance: Mapping[str, np.ndarray], samples: Sequence[EncodedSample],
                  *, threads: int = 1, cache_bytes: int = 1 << 30):
         self.probe, self.importance, self.samples, self.threads = probe, importance, samples, threads
-        self.tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+        self.tensors, self._file = read_header(path).tensors, np.memmap(path, np.uint8, "r")
         self.state: dict[str, str] = {}  # name to type where it is not the original
         self.passes = 0
         self._cache: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
@@ -147,10 +146,11 @@ class Simulator:
         size = 4 * probe.vocab_size
         tokens = sum(len(s.completion_ids) for s in samples)
         if tokens * size > 2 * MOST_LOGITS:
-            raise UserError(f"{tokens} tokens of {probe.vocab_size} log-probabilities need {tokens * size / 1e9:.1f} GB",
+            raise UserError(f"{tokens} tokens of {probe.vocab_size} logits need {tokens * size / 1e9:.1f} GB",
                             hint=f"Take at most {MOST_LOGITS // size} tokens.")
         refuse_ids(samples, probe)
-        self._reference = [x - log_sum_exp(x)[:, None].astype(np.float32) for x in self._logits()]
+        self._targets = np.concatenate([s.completion_ids for s in samples])
+        self._reference = [x.copy() for x in self._logits()]
 
     def _logits(self) -> Iterator[np.ndarray]:
         self.passes += 1
@@ -163,8 +163,11 @@ class Simulator:
         from tsugiki.quantize.native import dequantize_rows
 
         t = self.tensors[name]
-        width = int(t.shape[0])
-        return dequantize_rows(int(t.tensor_type), np.ascontiguousarray(t.data).view(np.uint8).reshape(t.n_elements // width, -1), width)
+        width = t.shape[0]
+        return dequantize_rows(int(gguf.GGMLQuantizationType[t.type]), self._stored(t).reshape(math.prod(t.shape) // width, -1), width)
+
+    def _stored(self, t: TensorInfo) -> np.ndarray:
+        return np.asarray(self._file[t.offset : t.offset + t.bytes])
 
     def quantized(self, name: str, kind: str) -> np.ndarray:
         """The matrix after quantization to ``kind`` and back, float32; kept as F16 for the next time."""
@@ -175,7 +178,8 @@ class Simulator:
             self._cache.move_to_end(key)
             return self._cache[key].astype(np.float32)
         weights, number = self.original(name), int(gguf.GGMLQuantizationType[kind])
-        experts = int(self.tensors[name].shape[2]) if len(self.tensors[name].shape) > 2 else 1
+        shape = self.tensors[name].shape
+        experts = shape[2] if len(shape) > 2 else 1
         importance = self.importance.get(name)
         parts = np.split(weights, experts)
         means = np.split(importance, experts) if importance is not None else [None] * experts
@@ -205,19 +209,18 @@ class Simulator:
             back = dequantize_rows(number, quantize_rows(number, rows, mean, self.threads), rows.shape[1])
             squares = np.square(rows - back, out=back).sum(axis=0, dtype=np.float64)
             total += float(squares.sum() if mean is None else squares @ mean)
-        t = self.tensors[name]
-        return total * t.n_elements / weights.size
+        return total * math.prod(self.tensors[name].shape) / weights.size
 
     def _rows(self, name: str) -> np.ndarray:
         """Float32 ``(experts, rows, columns)``: evenly spread rows of a matrix, the same of each expert."""
         from tsugiki.quantize.native import dequantize_rows
 
         t = self.tensors[name]
-        width, experts = int(t.shape[0]), int(t.shape[2]) if len(t.shape) > 2 else 1
-        data = t.data.view(np.uint8).reshape(experts, -1, t.n_bytes // (t.n_elements // width))
+        width, experts = t.shape[0], t.shape[2] if len(t.shape) > 2 else 1
+        data = self._stored(t).reshape(experts, -1, t.bytes // (math.prod(t.shape) // width))
         picked = np.unique(np.linspace(0, data.shape[1] - 1, max(1, min(data.shape[1], ROWS // experts))).astype(int))
         part = np.ascontiguousarray(data[:, picked])
-        return dequantize_rows(int(t.tensor_type), part.reshape(-1, part.shape[2]), width).reshape(experts, -1, width)
+        return dequantize_rows(int(gguf.GGMLQuantizationType[t.type]), part.reshape(-1, part.shape[2]), width).reshape(experts, -1, width)
 
     def set(self, types: Mapping[str, str]) -> None:
         """Put the named matrices at the given types and all others back to what they are in the file."""
@@ -232,11 +235,11 @@ class Simulator:
     def divergence(self, types: Mapping[str, str]) -> float:
         """Mean KL(F16 ‖ variant), nats a token: one pass with the matrices of :meth:`set`."""
         self.set(types)
-        total = tokens = 0
+        total = at = 0
         for reference, logits in zip(self._reference, self._logits(), strict=True):
-            total += float(kl_rows(reference, logits).sum())
-            tokens += len(logits)
-        return total / tokens
+            total += float(divergence([reference, logits], self._targets[at : at + len(logits)], self.threads)["kld"][1].sum())
+            at += len(logits)
+        return total / at
 
 
 def refuse_ids(samples: Sequence[EncodedSample], probe) -> None:
@@ -250,21 +253,6 @@ def refuse_ids(samples: Sequence[EncodedSample], probe) -> None:
             )
     if not samples:
         raise UserError("there is no sample with both prompt and completion")
-
-
-def kl_rows(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """``KL(p ‖ q)`` in nats, float64 ``(R,)``, from log-probabilities ``log p`` and logits of ``q``, float32 ``(R, V)``.
-
-    ``Σ p (log p − log q)`` with the difference taken at p's most probable token first, so that what is summed in
-    float32 is small.
-    """
-    row = np.arange(len(reference))
-    best = reference.argmax(axis=1)
-    gap = reference - logits
-    first = gap[row, best].copy()
-    gap -= first[:, None]
-    gap *= np.exp(reference)
-    return np.maximum(gap.sum(axis=1, dtype=np.float64) + first + log_sum_exp(logits), 0)
 
 
 # --- sensitivities ------------------------------------------------------------------------------------------------
@@ -329,8 +317,8 @@ def sensitivities(
             known[name] = row
         tensors = [simulator.tensors[n] for n in group.tensors]
         found.append(Sensitivity(
-            group, low, known[name]["kl"], known[name]["error"], sum(int(t.n_elements) for t in tensors),
-            sum(tensor_bytes(t, types[n]) for t, n in zip(tensors, group.tensors, strict=True)), sum(int(t.n_bytes) for t in tensors),
+            group, low, known[name]["kl"], known[name]["error"], sum(math.prod(t.shape) for t in tensors),
+            sum(tensor_bytes(t, types[n]) for t, n in zip(tensors, group.tensors, strict=True)), sum(t.bytes for t in tensors),
         ))
         if on_done:
             on_done(number + 1)
@@ -338,10 +326,10 @@ def sensitivities(
     return found
 
 
-def tensor_bytes(tensor, kind: str) -> int:
-    """Bytes of a tensor of a :class:`gguf.GGUFReader` in another type."""
+def tensor_bytes(tensor: TensorInfo, kind: str) -> int:
+    """Bytes of a tensor in another type."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(tensor.n_elements) // block * size
+    return math.prod(tensor.shape) // block * size
 
 
 def open_simulator(job: Mapping, stack) -> tuple[Simulator, str]:
@@ -355,13 +343,13 @@ def open_simulator(job: Mapping, stack) -> tuple[Simulator, str]:
         samples = read_samples(job["samples"], engine, tokens)
         logits = 4 * engine.vocab_size * sum(len(s.completion_ids) for s in samples)
     # the model, the reference, and the largest matrix in float32 before and after and in blocks
-    largest = max(int(t.n_elements) for t in gguf.GGUFReader(path).tensors)
+    largest = max(math.prod(t.shape) for t in read_header(path).tensors.values())
     need, free = path.stat().st_size + logits + 12 * largest + (1 << 28), available_memory()
-    if free is not None and free < need:
+    if free < need:
         raise UserError(f"it needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free", where=str(path),
                         hint="Close other programs, or take fewer tokens.")
     probe = stack.enter_context(Probe(path, writable=True, n_ctx=context_for(samples), n_threads=job["threads"], n_gpu_layers=job["gpu"]))
-    simulator = Simulator(probe, path, importance, samples, threads=job["threads"] or cpu_count())
+    simulator = Simulator(probe, path, importance, samples, threads=job["threads"] or cpu_count(), cache_bytes=min(1 << 30, free - need))
     key = digest([sha256_file(path), [s.ids for s in samples], [len(s.prompt_ids) for s in samples],
                   sha256_file(job["imatrix"]) if job["imatrix"] else ""])
     return simulator, key
@@ -502,18 +490,35 @@ All groups at once: {found["all"]:.2e}; sum of the single ones: {found["sum"]:.2
 
 
 def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequence[EncodedSample], *,
-            threads: int | None = None, on_done: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
-    """Files against their reference, read in lock-step.
+            threads: int | None = None, n_gpu_layers: int = 0, memory: int | None = None,
+            on_done: Callable[[int, int], None] | None = None) -> dict[str, np.ndarray]:
+    """Files against their reference, read in lock-step; one after another, each with the reference, where memory is short.
+
+    Args:
+        memory: bytes that may be taken; by default what is available. Without an effect on a GPU's.
 
     Returns:
         ``kl``: float64 ``(files, N)``, KL(reference ‖ file) summed over a sample's scored tokens, nats; ``nll``: float64
         ``(1 + files, N)``, the reference first; ``tokens``: int64 ``(N,)``.
 
     Raises:
-        UserError: a broken file or another vocabulary than the reference's.
+        UserError: a broken file, another vocabulary than the reference's, or no memory for the reference and one file.
     """
     from tsugiki.quantize.native import Probe
 
+    sizes = [Path(p).stat().st_size + (1 << 27) for p in (reference, *files)]
+    memory = available_memory() if memory is None else memory
+    if len(files) > 1 and sum(sizes) > memory:
+        parts = [
+            measure(reference, [f], samples, threads=threads, n_gpu_layers=n_gpu_layers, memory=memory,
+                    on_done=on_done and (lambda n, of, i=i: on_done(i * of + n, len(files) * of)))
+            for i, f in enumerate(files)
+        ]
+        nll = np.concatenate([parts[0]["nll"][:1], *(p["nll"][1:] for p in parts)])
+        return {"kl": np.concatenate([p["kl"] for p in parts]), "nll": nll, "tokens": parts[0]["tokens"]}
+    if sum(sizes) > memory:
+        raise UserError(f"the two files need about {sum(sizes) / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free",
+                        where=str(reference), hint="Close other programs.")
     n_ctx = context_for(samples)
     ids = [s.ids[:-1] for s in samples]
     flags = [[0] * (len(s.prompt_ids) - 1) + [1] * len(s.completion_ids) for s in samples]
@@ -521,7 +526,7 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
     targets = np.concatenate([s.completion_ids for s in samples])
     kl, nll, at = np.zeros((len(files), len(samples))), np.zeros((1 + len(files), len(samples))), 0
     with ExitStack() as stack:
-        probes = [stack.enter_context(Probe(p, n_ctx=n_ctx, n_threads=threads)) for p in (reference, *files)]
+        probes = [stack.enter_context(Probe(p, n_ctx=n_ctx, n_threads=threads, n_gpu_layers=n_gpu_layers)) for p in (reference, *files)]
         if wrong := [p for p in probes if p.vocab_size != probes[0].vocab_size]:
             raise UserError(f"its vocabulary has {wrong[0].vocab_size} tokens, the reference's {probes[0].vocab_size}",
                             where=str(wrong[0].path), hint="Compare files made from the same F16 file.")
@@ -529,12 +534,11 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
         for blocks in zip(*(p.decode(ids, flags) for p in probes), strict=True):
             part = slice(at, at + len(blocks[0]))
             at = part.stop
-            row = np.arange(len(blocks[0]))
-            logp = blocks[0] - log_sum_exp(blocks[0])[:, None].astype(np.float32)
-            for i, logits in enumerate(blocks):
-                np.add.at(nll[i], owner[part], log_sum_exp(logits) - logits[row, targets[part]])
+            found = divergence(blocks, targets[part], threads)
+            for i in range(len(blocks)):
+                np.add.at(nll[i], owner[part], found["nll"][i])
                 if i:
-                    np.add.at(kl[i - 1], owner[part], kl_rows(logp, logits))
+                    np.add.at(kl[i - 1], owner[part], found["kld"][i])
             if on_done:
                 on_done(at, len(targets))
     return {"kl": kl, "nll": nll, "tokens": np.bincount(owner, minlength=len(samples))}
