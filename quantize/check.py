@@ -20,10 +20,10 @@ from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.domain import Answer
 from tsugiki.evaluate.engine import thread_count
 from tsugiki.evaluate.score import score
-from tsugiki.machine import cpu_count
+from tsugiki.machine import available_memory, cpu_count
 from tsugiki.progress import progress
-from tsugiki.quantize.compare import available_memory, compare, memory_of, plan_groups, run_task
-from tsugiki.quantize.profile import file_profile, read_header
+from tsugiki.quantize.compare import compare, memory_of, plan_groups, run_task
+from tsugiki.quantize.profile import file_profile, level_name, read_header
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings, divergences, judge
 from tsugiki.quantize.windows import WINDOW
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
@@ -47,7 +47,7 @@ def check(
     """Measure the reference and every level on the samples; judge each level; recommend one.
 
     Args:
-        reference: the F16 GGUF.
+        reference: the F16 GGUF, or another that the levels are made from; its row is called what the file calls itself.
         levels: name of a level to its file.
         samples: test samples as token ids; the NLL and the divergence are over their completion tokens. May be empty
             where texts are given.
@@ -84,7 +84,13 @@ def check(
             reference's, samples that do not fit, or a file on which llama.cpp crashes.
     """
     settings, texts = settings or CheckSettings(), dict(texts or {})
-    files = {REFERENCE: Path(reference), **{k: Path(v) for k, v in levels.items() if k != REFERENCE}}
+    try:
+        name = level_name(reference)
+    except UserError:  # told below, with all other problems
+        name = REFERENCE
+    if name in levels and Path(levels[name]).resolve() != Path(reference).resolve():
+        name = f"{name} (reference)"
+    files = {name: Path(reference), **{k: Path(v) for k, v in levels.items() if k != name}}
     _refuse(files, samples, texts, scoring)
     end_of_turn = _end_of_turn(samples) if samples and end_of_turn is None else end_of_turn
     started, seconds = time.perf_counter(), {}

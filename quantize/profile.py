@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from tsugiki.bases import Profile
 from tsugiki.errors import UserError
@@ -90,6 +90,13 @@ def read_header(path: Path | str) -> Header:
 @lru_cache(maxsize=64)
 def _read_header(path: Path, _state: tuple[int, int] | None) -> Header:
     check_gguf(path)
+    try:
+        return _parse_header(path)
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
+        raise UserError(f"not a readable GGUF file: {type(error).__name__}: {error}", where=str(path)) from error
+
+
+def _parse_header(path: Path) -> Header:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = 8
 
@@ -139,6 +146,16 @@ def _read_header(path: Path, _state: tuple[int, int] | None) -> Header:
         alignment = values.get("general.alignment", 32)
         start = -(-at // alignment) * alignment
         return Header(values, {n: TensorInfo(shape, kind, size, start + o) for n, shape, kind, size, o in found})
+
+
+def level_name(path: Path | str) -> str:
+    """What a file calls itself (``Q4_K_M``, ``F16``), its file name's stem where it does not say.
+
+    Raises:
+        UserError: as :func:`read_header`.
+    """
+    known = {int(t): t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in LlamaFileType}
+    return known.get(read_header(path).values.get("general.file_type"), Path(path).stem)
 
 
 def file_profile(path: Path | str) -> FileProfile:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gguf
-
 from tsugiki.artifacts import sha256_file, write_json
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.quantize.check import cache_probe, check, encode_sets
-from tsugiki.quantize.profile import file_profile, read_header
+from tsugiki.quantize.profile import file_profile, level_name, read_header
 from tsugiki.quantize.verdict import REFERENCE, CheckSettings
 from tsugiki.quantize.windows import WINDOW, read_questions, text_files
 
@@ -94,12 +92,12 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
     sets, end_of_turn = encode_sets(job.reference, text_files(job.texts), questions, window=job.window, most=job.windows)
     samples = sets.pop("domain", [])
     given = questions and "prompt_ids" in questions[0]  # ids end with the end-of-turn token of whoever made them
-    files = _names(job.levels)
+    files = _names(job.levels, job.reference)
     result = check(
         job.reference, files, samples, texts=sets, settings=settings, scoring=job.scoring,
         max_new_tokens=job.max_new_tokens, end_of_turn=None if given else end_of_turn, memory=job.memory,
     )
-    files = {REFERENCE: job.reference, **files}
+    levels, files = files, {result["levels"][0]["level"]: job.reference, **files}
     result["files"] = {name: {"path": str(p), "sha256": sha256_file(p)} for name, p in files.items()}
     profile = file_profile(job.reference)
     result["profile"] = profile.as_dict()
@@ -108,7 +106,7 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
     if job.model:
         from tsugiki.quantize.attribution import attribute
 
-        result["attribution"] = attribute(job.model, job.adapter, files, rows, settings=settings)
+        result["attribution"] = attribute(job.model, job.adapter, {REFERENCE: job.reference, **levels}, rows, settings=settings)
     if job.cache or profile.outlying:
         name = result["recommended"]["level"]
         result["cache"] = {"file": str(files[name]), "rows": cache_probe(files[name], next(iter(sets.values()), samples))}
@@ -157,15 +155,11 @@ def save(path: Path, value: dict) -> None:
                         hint="Free some space, or give another folder; nothing was left behind.") from error
 
 
-def _names(levels: Sequence[Path]) -> dict[str, Path]:
+def _names(levels: Sequence[Path], reference: Path) -> dict[str, Path]:
     """Levels by what the files call themselves (Q4_K_M), by their file names where that is not unique."""
-    named = []
-    for path in levels:
-        number = read_header(path).values.get("general.file_type")
-        known = {int(t): t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in gguf.LlamaFileType}
-        named.append(known.get(number, path.stem))
+    named = [level_name(p) for p in levels]
     count = Counter(named)
-    names = [p.stem if count[n] > 1 or n == REFERENCE else n for n, p in zip(named, levels, strict=True)]
+    names = [p.stem if count[n] > 1 or n in (REFERENCE, level_name(reference)) else n for n, p in zip(named, levels, strict=True)]
     if len(set(names)) < len(names):
         names = [str(p) for p in levels]
     if len(set(names)) < len(names):

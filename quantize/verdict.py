@@ -17,7 +17,7 @@ from tsugiki.evaluate.score import exact_match
 from tsugiki.intervals import MIN_CLUSTERS, ratio_intervals
 from tsugiki.samples import EncodedSample
 
-REFERENCE = "F16"
+REFERENCE = "F16"  # the recipe's; a check of files takes the name from the file
 MOST_SAMPLES = 1_000_000  # "how many more samples" is not counted beyond this
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 
@@ -98,8 +98,8 @@ def judge(
         }
         scored = points is not None
         if scored:
-            row |= _scores(samples, answered, name, points[i], points[0], settings)
-        if name == REFERENCE:
+            row |= _scores(samples, answered, (names[0], name), points[i], points[0], settings)
+        if i == 0:
             row |= {"verdict": "reference", "more_samples": None, "why": _why_reference(row, number)}
         else:
             row["verdict"] = verdict(row["delta_ci"], row.get("delta_score_ci"), settings, scored=scored)
@@ -107,7 +107,7 @@ def judge(
             row["beyond"] = row["delta_nll"] > settings.margin_nll or row.get("delta_score", 0) < -settings.margin_score
             score_ci = _paired(points[i] - points[0], documents, settings, joint) if scored else None
             row["jointly"] = verdict(joint_ci[i], score_ci, settings, scored=scored)
-            row["why"] = _why(row, number, count, settings)
+            row["why"] = _why(row, number, count, settings, names[0])
         rows.append(row)
     return {
         "samples": number,
@@ -132,17 +132,18 @@ def divergences(tokens: Mapping[str, np.ndarray], i: int) -> dict:
     }
 
 
-def _scores(samples, answered, name: str, own: np.ndarray, reference: np.ndarray, settings: CheckSettings) -> dict:
+def _scores(samples, answered, names: tuple[str, str], own: np.ndarray, reference: np.ndarray, settings: CheckSettings) -> dict:
     documents, ones = [s.document for s in samples], np.ones(len(own))
+    before, after = (answered[n] for n in names)
     return {
         "score": float(own.mean()),
         "score_ci": ratios(own[None], ones, documents, settings, settings.confidence)[0],
         "delta_score": float((own - reference).mean()),
         "delta_score_ci": _paired(own - reference, documents, settings, settings.confidence),
-        "flips": flips(answered[REFERENCE], answered[name]),
+        "flips": flips(before, after),
         "kinds": _by_kind(samples, own, reference, settings),
-        "truncated": summarize(answered[name])["truncated"],
-        **_changed(samples, answered[REFERENCE], answered[name]),
+        "truncated": summarize(after)["truncated"],
+        **_changed(samples, before, after),
     }
 
 
@@ -228,7 +229,7 @@ def exact_difference(lost: float, won: float, number: float, confidence: float) 
 def verdict(
     delta_ci: Sequence[float] | None, score_ci: Sequence[float] | None, settings: CheckSettings, *, scored: bool = True
 ) -> str:
-    """Non-inferiority of a level to F16 by the paired intervals of its NLL and score differences (level − F16).
+    """Non-inferiority of a level to its reference by the paired intervals of its NLL and score differences (level − F16).
 
     ``pass``: both intervals lie inside their margins. ``degraded``: at least one lies wholly outside.
     ``inconclusive``: anything else, a missing interval included. A level that is worse than the margin passes with a
@@ -273,20 +274,21 @@ _JOINTLY = {
 
 
 def recommend(rows: Sequence[dict]) -> dict:
-    """The smallest file that passes; if none, the largest that neither is shown nor looks to be worse; if none, F16.
+    """The smallest file that passes; if none, the largest that neither is shown nor looks to be worse; if none, the reference.
 
-    Where nothing is proven the careful choice is the one closest to F16. Each verdict stands for itself; that the best
+    Where nothing is proven the careful choice is the one closest to the reference. Each verdict stands for itself; that the best
     of several was picked is told by ``jointly``: the verdict of the picked level with intervals that hold for all
     levels together (Bonferroni).
     """
+    f16 = next((r["level"] for r in rows if r["verdict"] == "reference"), REFERENCE)
     for wanted, en, ja in (
         ("pass", "the smallest file that passes", "合格した中で最小のファイルです"),
         (
             "inconclusive",
-            "no level is proven yet; of those not shown to be degraded it is the closest to F16, so check with more samples",
-            "まだ合格と言える量子化はなく、劣化と断定できない中でF16に最も近いファイルです。サンプルを増やして確かめてください",
+            f"no level is proven yet; of those not shown to be degraded it is the closest to {f16}, so check with more samples",
+            f"まだ合格と言える量子化はなく、劣化と断定できない中で{f16}に最も近いファイルです。サンプルを増やして確かめてください",
         ),
-        ("reference", "no level is shown to keep the quality, so keep F16", "品質を保つと言える量子化がないため、F16を使ってください"),
+        ("reference", f"no level is shown to keep the quality, so keep {f16}", f"品質を保つと言える量子化がないため、{f16}を使ってください"),
     ):
         found = [r for r in rows if r["verdict"] == wanted and not r.get("beyond")]
         if found:
@@ -349,15 +351,15 @@ def _why_reference(row: dict, number: int) -> dict:
     }
 
 
-def _why(row: dict, number: int, documents: int, settings: CheckSettings) -> dict:
+def _why(row: dict, number: int, documents: int, settings: CheckSettings, reference: str) -> dict:
     """One sentence with the numbers, in English and in Japanese."""
     nll, scored = _signed(row["delta_nll"], 4), "score" in row
     points = _signed(100 * row["delta_score"], 1) if scored else ""
     if row["delta_ci"] is None or (scored and row["delta_score_ci"] is None):
         return {
-            "en": f"NLL {nll} nats/token" + (f" and score {points} points" if scored else "") + f" against F16, but {documents} "
+            "en": f"NLL {nll} nats/token" + (f" and score {points} points" if scored else "") + f" against {reference}, but {documents} "
             f"documents are too few for an interval; at least {MIN_CLUSTERS} are needed.",
-            "ja": f"F16との差はNLL {nll} nats/トークン" + (f"、スコア {points}点" if scored else "") + f"ですが、文書が{documents}件"
+            "ja": f"{reference}との差はNLL {nll} nats/トークン" + (f"、スコア {points}点" if scored else "") + f"ですが、文書が{documents}件"
             f"しかなく区間を推定できません({MIN_CLUSTERS}件以上が必要です)。",
         }
     a, b = (_signed(x, 4) for x in row["delta_ci"])
@@ -384,8 +386,8 @@ def _why(row: dict, number: int, documents: int, settings: CheckSettings) -> dic
         score_en = f", score {points} points ({c} to {d}, margin {points_margin})"
         score_ja = f"、スコア {points}点({c}〜{d}、許容幅 {points_margin}点)"
     return {
-        "en": f"NLL {nll} nats/token against F16 ({percent} % interval {a} to {b}, margin {margin}){score_en} "
+        "en": f"NLL {nll} nats/token against {reference} ({percent} % interval {a} to {b}, margin {margin}){score_en} "
         f"on {number} {'samples' if scored else 'windows'}: {en}.",
-        "ja": f"F16との差はNLL {nll} nats/トークン({percent} %区間 {a}〜{b}、許容幅 {margin}){score_ja}。"
+        "ja": f"{reference}との差はNLL {nll} nats/トークン({percent} %区間 {a}〜{b}、許容幅 {margin}){score_ja}。"
         f"{number}{'件のテスト' if scored else '区間'}で、{ja}。",
     }

@@ -95,6 +95,12 @@ def test_domain_and_text_are_judged_apart_on_the_same_pass(result):
     assert len(result["memory"]["groups"]) == 1
 
 
+def test_a_reference_is_called_what_its_file_calls_itself(files, tmp_path):
+    found = check_files(CheckFiles(files["Q8_0"], (files["Q4_K_M"],), texts=(f"ja={TEXT}",), window=64, windows=2))
+    assert [r["level"] for r in found["levels"]] == list(found["files"]) == ["Q8_0", "Q4_K_M"]
+    assert "F16" not in json.dumps([r["why"] for r in found["levels"]]) and "Q8_0" in found["levels"][1]["why"]["en"]
+
+
 def test_questions_get_the_files_own_template(files, tmp_path):
     from transformers import AutoTokenizer
 

@@ -107,6 +107,20 @@ def test_harm_on_either_measure_degrades_and_f16_is_kept(judged, nll, points):
     assert result["recommended"]["level"] == "F16"
 
 
+@pytest.mark.parametrize("nll", [0.0, 0.2])
+def test_a_reference_that_is_not_f16_is_called_by_its_own_name(tmp_path, nll):
+    files = {"BF16": tmp_path / "f", "Q4_K_M": tmp_path / "q"}
+    for path in files.values():
+        path.write_bytes(b"x")
+    samples, tokens, answered = synthetic(nll, 0.0, noise=0.01)
+    result = judge(samples, files, tokens, {"BF16": answered["F16"], "Q4_K_M": answered["Q4_K_M"]}, SETTINGS)
+    assert [r["verdict"] == "reference" for r in result["levels"]] == [True, False]
+    assert " against BF16 " in result["levels"][1]["why"]["en"] and result["levels"][1]["why"]["ja"].startswith("BF16との差")
+    assert result["recommended"]["level"] == ("BF16" if nll > 0.1 else "Q4_K_M")
+    said = str(result["recommended"]["why"]) + str([r["why"] for r in result["levels"]])
+    assert "BF16" in said and "F16" not in said.replace("BF16", "")
+
+
 def test_noise_makes_it_inconclusive_and_says_how_many_more_would_do(judged):
     level = judged(0.01, 0.0, noise=0.8)["levels"][1]
     assert level["verdict"] == "inconclusive" and level["more_samples"] > 0
