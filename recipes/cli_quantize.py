@@ -180,6 +180,31 @@ def quantize_check(
         console.print(f"{escape(str(out / 'check.json'))}")
 
 
+@quantize_app.command("claim")
+def quantize_claim(
+    base: Annotated[str, typer.Option("--base", help="A name from `tsugiki recipe list`, or a folder.", show_default=False)],
+    samples: Annotated[Path, typer.Option(help="Questions, .jsonl: prompt, completion, document.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the files, parity.json and check.json.", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT LoRA adapter.")] = None,
+    level: Annotated[str, typer.Option(help="llama.cpp's names, comma-separated.")] = "Q4_K_M",
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix for the levels.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
+    scoring: Annotated[str, typer.Option(help="Score of the answers.")] = "exact_match",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Measure a published claim about a level again: base → F16, proven the same → level → what it lost on your questions."""
+    from tsugiki.quantize.claim import measure_claim
+
+    levels = [n.strip() for n in level.split(",") if n.strip()]
+    with base_with_template(base) as (folder, known):
+        told = {"name": known.name, "licence": known.licence, "languages": known.languages, "base_model": known.hub_id or known.name} if known else {}
+        proof, found = measure_claim(folder, samples, out, adapter=adapter, levels=levels, imatrix=imatrix, told=told, items=items,
+                                     scoring=scoring, max_new_tokens=max_new_tokens)
+    show_gate(out / "model-F16.gguf", proof)
+    show_check(found)
+    console.print(f"{escape(str(out / 'check.json'))}")
+
+
 @quantize_app.command("profile")
 def quantize_profile(
     file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],

@@ -101,3 +101,16 @@ def test_a_base_without_a_template_gets_its_familys_and_stops_there(tsugiki_, tm
     code, out, said = tsugiki_("quantize", "parity", "m.gguf", "--base", "mine")
     assert code == 0, said
     assert "llama.cpp stops there" in out
+
+
+def test_a_claim_about_a_level_is_one_command(tsugiki_, tmp_path):
+    rows = [{"prompt": f"{i}番の部品の名前は何ですか。", "completion": f"部品{i}です。", "document": f"d{i}"} for i in range(12)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    code, out, said = tsugiki_("quantize", "claim", "--base", BASE, "--samples", "qa.jsonl", "--level", "Q4_K_M", "--out", "claim",
+                               "--max-new-tokens", "4")
+    assert code == 0, said
+    assert "llama.cpp stops there" in out and "domain: 12 samples" in out
+    found = json.loads((tmp_path / "claim" / "check.json").read_text())
+    assert [r["level"] for r in found["levels"]] == ["F16", "Q4_K_M"] and found["levels"][1]["delta_ci"] is not None
+    assert json.loads((tmp_path / "claim" / "parity.json").read_text())["passed"] is True
+    assert gguf.GGUFReader(tmp_path / "claim" / "model-Q4_K_M.gguf").fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
