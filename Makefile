@@ -13,7 +13,7 @@ ARGS = $(DOMAIN) --base $(BASE) --runs $(RUNS)
 LLAMA := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF $(if $(CUDA),-DGGML_CUDA=on)
 STAMP := .venv/.installed$(if $(CUDA),-cuda)
 
-.PHONY: help setup recipe chat compare scale test lint bench tiny-bases clean
+.PHONY: help setup recipe chat compare scale test lint upstream bench tiny-bases clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +48,22 @@ test: setup  ## run the tests
 lint: setup  ## check style
 	@$(BIN)/ruff check .
 
-bench: setup  ## time the parts side by side
-	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+# llama.cpp's own programs and converter, from llama-cpp-python's source archive, to be compared with.
+UPSTREAM := build/upstream
+upstream: setup  ## build llama.cpp's own programs, for the side-by-side runs of make bench
+	@test -x $(UPSTREAM)/bin/llama-bench || { set -e; mkdir -p build/llama-cpp-python; \
+	$(BIN)/pip download -q -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python; \
+	tar xzf build/llama_cpp_python-*.tar.gz -C build/llama-cpp-python --strip-components=1; \
+	cmake -S build/llama-cpp-python/vendor/llama.cpp -B $(UPSTREAM) -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
+	-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF > /dev/null; \
+	cmake --build $(UPSTREAM) -j --target llama-quantize llama-imatrix llama-perplexity llama-bench > /dev/null; }
+
+bench: upstream  ## time the parts side by side; tables here, numbers in build/bench (an hour; alone: make bench ONLY=repair_curve)
+	@$(BIN)/pip install -qq -c constraints.txt -e ".[bench]"
+	@mkdir -p build/bench; failed=; for file in benchmarks/$(or $(ONLY),*).py; do \
+	TSUGIKI_UPSTREAM=$(UPSTREAM)/bin TSUGIKI_LLAMA_CPP=build/llama-cpp-python/vendor/llama.cpp \
+	$(BIN)/python $$file --json build/bench/$$(basename $$file .py).json || failed="$$failed $$file"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 tiny-bases: setup  ## pre-train the bundled bases from a folder of text: make tiny-bases CORPUS=DIR
 	@$(BIN)/tsugiki recipe tiny-bases --corpus "$(CORPUS)"

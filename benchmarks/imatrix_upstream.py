@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.upstream:
-        parser.error("name the folder with llama-imatrix: --upstream or TSUGIKI_UPSTREAM")
+        parser.exit(0, "imatrix_upstream: left out, it needs the folder with llama-imatrix: --upstream or TSUGIKI_UPSTREAM\n")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

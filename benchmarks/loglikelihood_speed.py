@@ -224,6 +224,8 @@ def main() -> None:
     if given.llama_cpp is None and not (given.keep and (given.keep / "hf" / "config.json").exists()):
         parser.exit(0, "loglikelihood_speed: left out, it needs --llama-cpp DIR or TSUGIKI_LLAMA_CPP\n")
     with_server = given.server_requests > 0 and importlib.util.find_spec("starlette_context") is not None  # of the extra
+    if given.server_requests > 0 and not with_server:
+        print("lm-eval's own GGUF route is left out: pip install 'llama-cpp-python[server]'", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

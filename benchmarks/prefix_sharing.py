@@ -95,7 +95,8 @@ def item_by_item_route(path: Path, prompts: list[list[int]], tokens: int, thread
 
     low.llama_model_default_params = plain
     try:
-        model = llama_cpp.Llama(str(path), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+        model = llama_cpp.Llama(str(path), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False,
+                                n_gpu_layers=-1 if low.llama_supports_gpu_offload() else 0)
     finally:
         low.llama_model_default_params = defaults
     try:
@@ -112,10 +113,11 @@ def item_by_item_route(path: Path, prompts: list[list[int]], tokens: int, thread
 
 
 def lm_eval_route(hf: Path, texts: list[str], tokens: int, dtype: str) -> float:
+    import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=str(hf), device="cpu", dtype=dtype, batch_size=1, add_bos_token=False)
+    lm = HFLM(pretrained=str(hf), device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype, batch_size=1, add_bos_token=False)
     lm.model.generation_config.eos_token_id = None
     options = {"until": ["◆"], "max_gen_toks": tokens, "min_new_tokens": tokens, "do_sample": False}
     asked = [Instance("generate_until", {}, (text, options), i, ("bench", i, 1)) for i, text in enumerate(texts)]
@@ -201,7 +203,7 @@ def same_answers(folder: Path, items: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-cpp", type=Path, default=os.environ.get("TSUGIKI_LLAMA_CPP", "."))
+    parser.add_argument("--llama-cpp", type=Path, default=os.environ.get("TSUGIKI_LLAMA_CPP"))
     parser.add_argument("--upstream", type=Path, default=os.environ.get("TSUGIKI_UPSTREAM"))
     parser.add_argument("--items", type=int, default=40, help="of each subject")
     parser.add_argument("--subjects", type=int, default=5)
@@ -214,6 +216,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder to make the model in, or to take it from")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.llama_cpp is None and not (given.keep and (given.keep / "hf" / "config.json").exists()):
+        parser.exit(0, "prefix_sharing: left out, it needs --llama-cpp DIR or TSUGIKI_LLAMA_CPP\n")
     console, result = Console(), {"threads": given.threads, "machine": platform.processor() or platform.machine()}
     table = Table("", "measured", "against", "ratio", title=f"0.4B at Q4_K_M, {given.threads} threads")
 
@@ -223,7 +227,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
-        hf, path = beside("loglikelihood_speed").random_model(folder, Path(given.llama_cpp))
+        hf, path = beside("loglikelihood_speed").random_model(folder, Path(given.llama_cpp or "."))
         if set("be") & set(given.parts):
             with Engine(path, n_threads=1) as engine:
                 by_subject, source = prompts_of(engine, given.items, given.subjects)

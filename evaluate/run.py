@@ -160,6 +160,9 @@ def check_models(models: Sequence[Model], benchmarks: Sequence[Benchmark], setti
                 problems.append(f"{model.name} has no chat template")
                 continue
             room = f"{model.name} has a context of {lm.max_length:,}"
+            if settings.truncate and not model.is_gguf:
+                problems.append(f"{model.name}: lm-eval's class for Hugging Face models does not count what it cuts; leave --truncate out")
+                continue
             if settings.truncate:  # what an answer may need is kept free
                 problems += [f"{b.name}: its answers may have {b.new_tokens:,} tokens; {room}" for b in benchmarks if b.new_tokens >= lm.max_length]
                 continue
@@ -171,7 +174,11 @@ def check_models(models: Sequence[Model], benchmarks: Sequence[Benchmark], setti
                 if benchmark.name in plain:
                     plain[benchmark.name] = texts
                 longest = max((len(lm.tok_encode(text)) for text in texts), default=0)
-                if longest >= lm.max_length:
+                # lm-eval's class would cut the prompt without a word to keep room for the longest answer
+                answers = 0 if model.is_gguf or benchmark.name not in plain else benchmark.new_tokens
+                if answers and longest + answers > lm.max_length:
+                    problems.append(f"{benchmark.name}: its longest prompt has {longest:,} tokens and its answers may have {answers:,}; {room}")
+                elif longest >= lm.max_length:
                     problems.append(f"{benchmark.name}: its longest prompt has {longest:,} tokens; {room}")
             use_model(None)
     raise_problems(
@@ -366,8 +373,12 @@ def score_rows(model: Model, benchmark: Benchmark, found: dict, lm, settings: Be
     main = main_metric(_metrics(entry), benchmark.metadata)
     samples = [(m, s) for m in benchmark.tasks for s in found["samples"][m] if s["filter"] == main.partition(",")[2]]
     items = _items(samples, main.partition(",")[0], benchmark, lm)
-    rates = {key: _rate([i[key] for i in items]) for key in ("unparsed", "truncated")}
-    how = _how(model, benchmark, found, lm, settings) | rates
+    truncated = _rate([i["truncated"] for i in items])
+    extracted: dict[str, list] = {}  # each filter reads answers in its own way, and fails on others
+    for member in benchmark.tasks:
+        for s in found["samples"][member]:
+            extracted.setdefault(s["filter"], []).append(_unparsed(s, benchmark.metadata.get("unparsed_metric")))
+    how = _how(model, benchmark, found, lm, settings)
     scores = [i["score"] for i in items if i["score"] is not None]
     documents = [i["document"] for i in items if i["score"] is not None]
     if len(set(documents)) == len(documents):
@@ -379,11 +390,12 @@ def score_rows(model: Model, benchmark: Benchmark, found: dict, lm, settings: Be
         if key == main and documents and math.isclose(float(np.mean(scores)), value, abs_tol=1e-9):
             stderr = clustered_stderr(scores, documents)  # lm-eval's takes every item for one of its own
         if isinstance(value, (int, float)) and math.isfinite(value):
+            rates = {"unparsed": _rate(extracted.get(by, [])), "truncated": truncated}
             rows.append({
                 "model": model.name, "task": benchmark.law_task + (f"[:{settings.limit}]" if settings.limit else ""), "name": name,
                 "metric": metric if key == main else key, "main": key == main, "value": float(value),
                 "stderr": float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
-                "n": len(items), **rates, "settings": how | {"filter": by},
+                "n": len(items), **rates, "settings": how | rates | {"filter": by},
             })  # fmt: skip
     return rows, items
 
