@@ -211,7 +211,7 @@ def measure_benchmarks(
     Returns:
         ``rows``, ``changes`` and ``not_measured`` as in :func:`before_after`.
     """
-    folder, _ = data_folder(data_dir)
+    folder, named = data_folder(data_dir)
     if folder is None and not choice.suites:
         why = "there is no folder of benchmark data (--data-dir, TSUGIKI_DATA, or ../shared/data)"
         return {"rows": [], "changes": [], "not_measured": [{"task": task, "why": why} for task in choice.tasks]}
@@ -219,11 +219,12 @@ def measure_benchmarks(
     from tsugiki.evaluate.suites import load_benchmarks
 
     loaded, missing = [], []
-    with _data_from(folder):
-        if choice.suites:
+    if choice.suites:  # asked for by name: what is not in the folder may come from the hub, as with `evaluate run`
+        with _data_from(folder if named else None):
             found, absent = load_benchmarks(choice.suites)
-            loaded += found
-            missing += [{"task": task, "why": _brief(why)} for task, why in absent.items()]
+        loaded += found
+        missing += [{"task": task, "why": _brief(why)} for task, why in absent.items()]
+    with _data_from(folder):
         for task in choice.tasks if folder else ():
             if task not in {b.name for b in loaded}:
                 try:

@@ -83,6 +83,21 @@ SCHEMA: dict[str, Any] = {
             "unparsed": "number?",
         }
     ],
+    "changes": [
+        {
+            "family": "string",
+            "task": "string",
+            "metric": "string",
+            "from": "string",
+            "to": "string",
+            "n": "count",
+            "before": "number",
+            "after": "number",
+            "difference": "number",
+            "ci": "interval?",
+            "change": "string",
+        }
+    ],
     "report": "string",
 }
 
@@ -203,6 +218,9 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
         summary["recommended"] = _pick({**row, **choice, "why": english(choice.get("why"))}, SCHEMA["recommended"][0])
     benchmarks = [*stages.get("evaluate", {}).get("rows", []), *_level_scores(stages, domain)]
     summary["benchmarks"] = [_pick({"stderr": None, "unparsed": None, **row}, SCHEMA["benchmarks"][0]) for row in benchmarks]
+    changes = stages.get("evaluate", {}).get("changes", [])
+    changes = [*changes, *level_changes(check, domain, stages["evaluate"].get("scoring", "score"))] if changes else []
+    summary["changes"] = [_pick({"ci": None, **row}, SCHEMA["changes"][0]) for row in changes]
     summary["report"] = "report.html"
     raise_problems(
         validate_summary(summary),

@@ -106,13 +106,14 @@ def test_the_summary_is_the_documented_one(finished):
     summary = read_json(finished / "summary.json")
     assert validate_summary(summary) == []
     assert list(summary) == [
-        "domain", "base", "samples", "sweep", "parity", "levels", "recommended", "benchmarks", "report",
+        "domain", "base", "samples", "sweep", "parity", "levels", "recommended", "benchmarks", "changes", "report",
     ]
     assert [p["n"] for p in summary["sweep"]["points"]] == [16, 32]
     assert [r["level"] for r in summary["levels"]] == ["F16", "Q8_0", "Q4_K_M"]
     assert sum(summary["samples"].values()) == 80
     assert summary["parity"]["rate"] == 1.0
     assert (finished / summary["recommended"]["path"]).is_file()
+    assert {(c["family"], c["from"], c["to"]) for c in summary["changes"]} >= {("domain", "base", "adapted"), ("domain", "adapted", "Q8_0")}
     assert "<html" in (finished / summary["report"]).read_text(encoding="utf-8")
 
 

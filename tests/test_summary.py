@@ -16,7 +16,7 @@ synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]
 
 # The contract of design.md ("How a recipe flows"), typed here a second time on purpose.
-TOP = {"domain", "base", "samples", "sweep", "parity", "levels", "recommended", "benchmarks", "report"}
+TOP = {"domain", "base", "samples", "sweep", "parity", "levels", "recommended", "benchmarks", "changes", "report"}
 POINT = {"n", "seed", "epochs", "nll", "nll_ci", "bpc", "train_tokens", "seconds"}
 OPTIMUM = {"n", "nll", "nll_ci", "one_se_n", "p_best", "overfits_at"}
 LEVEL = {
