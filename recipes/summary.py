@@ -250,8 +250,9 @@ def level_changes(check: dict[str, Any], domain: str, scoring: str) -> list[dict
 
     Rows like those of ``changes`` in ``evaluate.json`` (:func:`tsugiki.recipes.before_after.before_after`).
     """
-    rows = [row for row in check.get("levels", []) if row.get("score") is not None]
-    reference = next((row for row in rows if row.get("verdict") == "reference"), None)
+    apart = [check["reference"]] if check.get("reference") else []
+    rows = [row for row in (*apart, *check.get("levels", [])) if row.get("score") is not None]
+    reference = next((row for row in rows if row.get("verdict") == "reference"), apart[0] if apart else None)
     changes = []
     for row in rows:
         difference, ci = row.get("delta_score"), row.get("delta_score_ci")

@@ -179,7 +179,7 @@ def test_a_full_disk_or_a_place_that_cannot_be_written_is_exit_code_two(tsugiki_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "a.gguf"))
 
     monkeypatch.setattr(cli, "load_bases", full)
-    code, out, err = tsugiki_("recipe", "list")
+    code, _out, err = tsugiki_("recipe", "list")
     assert code == 2 and "a.gguf: No space left on device" in err and "Free some space" in err and "Traceback" not in err
 
 
