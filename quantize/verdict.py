@@ -265,10 +265,10 @@ def _more_samples(row: dict, number: int, settings: CheckSettings) -> int | None
 
 
 _JOINTLY = {
-    ("pass", "pass"): {"en": ", also when all levels are judged together", "ja": "(全水準をまとめて判定しても合格)"},
+    ("pass", "pass"): {"en": ", also when all levels are judged together", "ja": "(全レベルをまとめて判定しても合格)"},
     ("pass", "inconclusive"): {
         "en": "; judged together with all other levels it is not proven yet",
-        "ja": "(全水準をまとめて判定した場合は、まだ合格と断定できません)",
+        "ja": "(全レベルをまとめて判定した場合は、まだ合格と断定できません)",
     },
 }
 
