@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import beta, binomtest, norm
-from scipy.stats import t as student
+from scipy.stats import binomtest
 
 from tsugiki.errors import UserError
 from tsugiki.evaluate.domain import Answer, summarize
 from tsugiki.evaluate.score import exact_match
-from tsugiki.intervals import MIN_CLUSTERS, ratio_intervals
+from tsugiki.intervals import MIN_CLUSTERS, expanded, paired_interval, ratio_intervals
 from tsugiki.samples import EncodedSample
 
 REFERENCE = "F16"  # the recipe's; a check of files takes the name from the file
@@ -167,60 +166,10 @@ def ratios(values: np.ndarray, counts: np.ndarray, documents: Sequence[str], set
     return [None if x is None else list(x) for x in found]
 
 
-def expanded(confidence: float, number: int) -> float:
-    """The confidence to ask of a percentile bootstrap over few clusters to get ``confidence``.
-
-    A bootstrap knows neither the ``n − 1`` of a variance nor Student's t: over 10 clusters its 95 % interval holds the
-    truth nine times in ten. The remedy is Hesterberg's expanded percentile interval (The American Statistician 69,
-    2015, §5.3): tails of ``Φ(−√(n / (n − 1)) · t)`` with t's quantile at ``n − 1`` degrees of freedom.
-    """
-    if number < 2:
-        return confidence
-    return float(1 - 2 * norm.cdf(math.sqrt(number / (number - 1)) * student.ppf((1 - confidence) / 2, number - 1)))
-
-
 def _paired(differences: np.ndarray, documents: Sequence[str], settings: CheckSettings, confidence: float) -> list | None:
-    """Interval of a mean difference of scores, by the bootstrap over documents and, where few answers change or
-    all scores are 0 or 1, no narrower than :func:`exact_difference`: resampling four flips cannot show a fifth."""
-    interval = ratios(differences[None], np.ones(len(differences)), documents, settings, confidence)[0]
-    if interval is None:
-        return None
-    group = np.unique(documents, return_inverse=True)[1]
-    clusters = int(group.max()) + 1
-    changed = np.unique(group[differences != 0])
-    number = len(differences)
-    if len(changed) < MIN_CLUSTERS:
-        effective = clusters  # how alike the answers of one document change cannot be told: they count as one
-    elif np.isin(differences, (-1, 0, 1)).all():
-        residual = differences - differences.mean()
-        design = (np.bincount(group, residual) ** 2).sum() / (residual**2).sum()
-        effective = number / min(max(design, 1), number / clusters)
-    else:
-        return interval
-    low, high = exact_difference(float(np.maximum(-differences, 0).mean()), float(np.maximum(differences, 0).mean()),
-                                 effective, confidence)
-    return [min(interval[0], low), max(interval[1], high)]
-
-
-def exact_difference(lost: float, won: float, number: float, confidence: float) -> tuple[float, float]:
-    """Interval of ``won − lost``, two shares of ``number`` paired items, without a normal approximation.
-
-    Each share has its interval by Clopper and Pearson (Biometrika 26, 1934), and the two are joined by squares
-    (MOVER: Zou and Donner, Statistics in Medicine 27, 2008). Without a flip it is ``±(1 − (α/2)^(1/n))``.
-    """
-    tail = (1 - confidence) / 2
-
-    def limits(share: float) -> tuple[float, float]:
-        k = share * number
-        low = beta.ppf(tail, k, number - k + 1) if k > 0 else 0.0
-        high = beta.ppf(1 - tail, k + 1, number - k) if k < number else 1.0
-        return float(low), float(high)
-
-    (lost_low, lost_high), (won_low, won_high) = limits(lost), limits(won)
-    return (
-        won - lost - math.hypot(won - won_low, lost_high - lost),
-        won - lost + math.hypot(won_high - won, lost - lost_low),
-    )
+    """:func:`tsugiki.intervals.paired_interval` with the check's bootstrap."""
+    found = paired_interval(differences, documents, confidence=confidence, resamples=settings.resamples, seed=settings.seed)
+    return found and list(found)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from tsugiki.evaluate.domain import Answer
-from tsugiki.intervals import ratio_intervals
+from tsugiki.intervals import exact_difference, expanded, ratio_intervals
 from tsugiki.quantize.verdict import (
     CheckSettings,
     _paired,
-    exact_difference,
-    expanded,
     flips,
     judge,
     ratios,
