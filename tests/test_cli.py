@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -41,24 +40,11 @@ def lines(values: list) -> str:
 
 
 @pytest.fixture
-def tsugiki_(monkeypatch, capsys, tmp_path):
-    """Run the console script's function in a folder of its own; returns exit code, output and error output."""
-    monkeypatch.chdir(tmp_path)
+def tsugiki_(console, monkeypatch):
+    """The console script on a terminal of 80 columns, without a data folder."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("TSUGIKI_DATA", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsugiki", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return console
 
 
 def commands(command, path=()):

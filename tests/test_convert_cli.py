@@ -2,38 +2,22 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import gguf
 import pytest
-
-from tsugiki.recipes import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = Path(os.environ.get("TSUGIKI_TEST_BASES", ROOT / "recipes" / "bases")) / "tiny-qwen"
 
 
 @pytest.fixture
-def tsugiki_(monkeypatch, capsys, tmp_path):
-    """Run the console script's function in a folder of its own; returns exit code, output and error output."""
+def tsugiki_(console, monkeypatch):
+    """The console script, where the base that these tests convert is there."""
     if not (BASE / "model.safetensors").is_file():
         pytest.skip("the bundled base tiny-qwen is not there")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tsugiki", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return console
 
 
 def make_adapter(folder):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,28 +80,13 @@ def gguf(tmp_path_factory):
 
 
 @pytest.fixture
-def tsugiki_(monkeypatch, capsys, tmp_path):
-    """Run the console script's function in a folder of its own; returns exit code, output and error output."""
-    from tsugiki.recipes import cli
-
-    monkeypatch.chdir(tmp_path)
+def tsugiki_(console, monkeypatch):
+    """The console script on a wide terminal, off the hub."""
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TSUGIKI_DATA", os.environ.get("TSUGIKI_DATA", ""))  # put back what --data-dir sets
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsugiki", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return console
 
 
 # --- scores -----------------------------------------------------------------------------------------------------
