@@ -10,13 +10,18 @@ then ``vendor/llama.cpp``); nothing of it has to be built.
 Each way runs in child processes of its own, in turn, ``--repeats`` times. Wall time is the median; memory is the largest
 resident set of any process of a way (VmHWM); extra disk is what a way leaves on the disk beside its inputs and its file
 (temporary files that are gone at the end are not seen). Then, with
-``--large``, one conversion at 8B shapes (Llama-3.1-8B: 16 GB of weights, each layer the same random bytes, and 16 GB of
-GGUF) for its memory alone.
+``--large``, one conversion at 8B shapes (Llama-3-8B: 16 GB of weights, written shard by shard, each layer the same random
+bytes, and 16 GB of GGUF) for its memory and disk. ``--only ours`` leaves the other way out, so that
+
+    python -P benchmarks/convert_speed.py --only ours --large --shape tiny --repeats 1
+
+is that one conversion and little else; memory and disk need no quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +83,26 @@ def run(code: str, job: dict) -> dict:
     if done.returncode or not lines:
         raise SystemExit(f"a step failed:\n{done.stderr[-3000:]}")
     return {"seconds": seconds, **json.loads(lines[-1][7:])}
+
+
+def peak_disk(code: str, job: dict, folder: Path) -> dict:
+    """:func:`run`, and ``disk``: the most bytes that ``folder`` had meanwhile beyond those at the start (seen every 0.2 s)."""
+    before, most, done = size(folder), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.2):
+            with contextlib.suppress(FileNotFoundError):  # renamed while it was looked at
+                most = max(most, size(folder) - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        found = run(code, job)
+    finally:
+        done.set()
+        watcher.join()
+    return found | {"disk": max(most, size(folder) - before)}
 
 
 def size(path: Path) -> int:
@@ -162,8 +188,8 @@ def make_adapter(folder: Path, base: Path, rank: int = 16) -> None:
     }))
 
 
-def compare(work: Path, tree: Path, repeats: int) -> dict:
-    """Both ways in turn: seconds and memory of each, and how far the two files' tensors are apart."""
+def compare(work: Path, tree: Path, repeats: int, *, both: bool = True) -> dict:
+    """Both ways in turn (or ours alone): seconds and memory of each, and how far the two files' tensors are apart."""
     job = {"base": str(work / "base"), "adapter": str(work / "adapter"), "merged": str(work / "merged"), "tree": str(tree)}
     ways: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(repeats):
@@ -173,6 +199,8 @@ def compare(work: Path, tree: Path, repeats: int) -> dict:
         before = size(work)
         one = run(OURS, job | {"out": str(work / "ours.gguf")})
         ways["ours"].append(one | {"disk": size(work) - before - size(work / "ours.gguf")})
+        if not both:
+            continue
         before = size(work)
         merge = run(MERGE, job)
         upstream = run(UPSTREAM, job | {"out": str(work / "theirs.gguf")})
@@ -181,8 +209,10 @@ def compare(work: Path, tree: Path, repeats: int) -> dict:
             "disk": size(work) - before - size(work / "theirs.gguf"), "merge_seconds": merge["seconds"], "convert_seconds": upstream["seconds"],
         })
     result = {
-        way: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for way, rows in ways.items()
+        way: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for way, rows in ways.items() if rows
     }
+    if not both:
+        return result
     result["ratio"] = {
         "wall": result["ours"]["seconds"] / result["theirs"]["seconds"],
         "memory": result["ours"]["memory"] / result["theirs"]["memory"],
@@ -210,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--shape", choices=["tiny", "1b"], default="1b")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["ours"], help="leave PEFT and llama.cpp out")
     parser.add_argument("--large", action="store_true", help="also one conversion at 8B shapes: 33 GB of disk")
     args = parser.parse_args()
     if not args.tree or not (Path(args.tree) / "convert_hf_to_gguf.py").is_file():
@@ -221,13 +252,13 @@ def main() -> None:
         make_base(work / "base", args.shape, tree)
         make_adapter(work / "adapter", work / "base")
         result = {"shape": args.shape, "parameters": size(work / "base") // 2, "repeats": args.repeats, "targets": TARGETS}
-        result |= compare(work, tree, args.repeats)
+        result |= compare(work, tree, args.repeats, both=not args.only)
         if args.large:
             shutil.rmtree(work)
             make_base(work / "base", "8b", tree)
             make_adapter(work / "adapter", work / "base")
             job = {"base": str(work / "base"), "adapter": str(work / "adapter"), "out": str(work / "large.gguf")}
-            result["large"] = run(OURS, job) | {"weights": size(work / "base"), "file": size(work / "large.gguf")}
+            result["large"] = peak_disk(OURS, job, work) | {"weights": size(work / "base"), "file": size(work / "large.gguf")}
     finally:
         shutil.rmtree(work, ignore_errors=True)
     show(result)
@@ -238,14 +269,18 @@ def main() -> None:
 def show(result: dict) -> None:
     print(f"{'':24}{'wall s':>10}{'memory MB':>12}{'extra disk MB':>15}")
     for way, name in (("ours", "tsugiki"), ("theirs", "PEFT + llama.cpp")):
+        if way not in result:
+            continue
         r = result[way]
         print(f"{name:24}{r['seconds']:>10.1f}{r['memory'] / 1e6:>12,.0f}{r['disk'] / 1e6:>15,.0f}")
-    print(f"{'ratio':24}" + "".join(f"{result['ratio'][k]:>{w}.2f}" for k, w in (("wall", 10), ("memory", 12), ("disk", 15))))
-    print(f"{'target':24}" + "".join(f"{TARGETS[k]:>{w}.2f}" for k, w in (("wall", 10), ("memory", 12), ("disk", 15))))
-    print(f"largest difference of two values: {result['largest_difference']:.2e}")
+    if "ratio" in result:
+        print(f"{'ratio':24}" + "".join(f"{result['ratio'][k]:>{w}.2f}" for k, w in (("wall", 10), ("memory", 12), ("disk", 15))))
+        print(f"{'target':24}" + "".join(f"{TARGETS[k]:>{w}.2f}" for k, w in (("wall", 10), ("memory", 12), ("disk", 15))))
+        print(f"largest difference of two values: {result['largest_difference']:.2e}")
     if "large" in result:
         r = result["large"]
-        print(f"8B shapes: {r['seconds']:.0f} s, {r['memory'] / 1e9:.2f} GB of memory (at most {TARGETS['large_memory_gb']}), {r['file'] / 1e9:.1f} GB written")
+        print(f"8B shapes: {r['seconds']:.0f} s, {r['memory'] / 1e9:.2f} GB of memory (at most {TARGETS['large_memory_gb']}), "
+              f"a file of {r['file'] / 1e9:.1f} GB from {r['weights'] / 1e9:.1f} GB of weights, {(r['disk'] - r['file']) / 1e9:.2f} GB of disk beside it")
 
 
 if __name__ == "__main__":
