@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tsugiki.adapt.loss import batch_loss
+from tsugiki.adapt.nll import completion_nll
 from tsugiki.adapt.plan import FOUR_BIT_FROM
 from tsugiki.artifacts import read_json, write_json
 from tsugiki.chat import special_ids
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.machine import peak_rss
+from tsugiki.pool import tell_progress
 from tsugiki.progress import console
 from tsugiki.samples import EncodedSample
 
@@ -70,6 +71,21 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Samples that a fit is measured on while it trains, so that a fit that cannot win is ended.
+
+    Attributes:
+        samples: not those trained on, and not the test samples: a choice made by them would leak.
+        times: readings, after equal numbers of steps; the last falls on the last step.
+        go_on: called as ``go_on(step, steps, nll)`` with the NLL in nats/token at training precision; ``False`` ends the fit.
+    """
+
+    samples: Sequence[EncodedSample]
+    times: int
+    go_on: Callable[[int, int, float], bool]
+
+
+@dataclass(frozen=True)
 class FitReport:
     """What a fit cost.
 
@@ -81,6 +97,8 @@ class FitReport:
         losses: nats/token of the completion, the mean of every five steps.
         micro_batch: samples a forward pass at the end: fewer than set where memory ran out.
         resumed_at: the step of the checkpoint that the fit went on from; 0: it began anew.
+        readings: ``(step, nats/token)`` of the probe; of a fit that was resumed, since then.
+        stopped: the probe ended the fit before its last step.
     """
 
     train_tokens: int
@@ -90,6 +108,8 @@ class FitReport:
     losses: list[float]
     micro_batch: int
     resumed_at: int
+    readings: list[tuple[int, float]]
+    stopped: bool
 
 
 def device_name() -> str:
@@ -201,6 +221,7 @@ def fit(
     seed: int = 0,
     progress_file: Path | None = None,
     logs: Path | None = None,
+    probe: Probe | None = None,
 ):
     """Train one adapter on ``samples``.
 
@@ -215,8 +236,9 @@ def fit(
         settings: how to train.
         work: folder for checkpoints; it must belong to this base, these samples, settings and seed alone.
         seed: of the adapter's start and of the order of the samples.
-        progress_file: where to write ``{"step", "steps", "loss"}`` while training.
+        progress_file: where to say how far the fit is (:func:`tsugiki.pool.tell_progress`).
         logs: folder for TensorBoard's files; none: below ``work``.
+        probe: what to measure on the way, and whether to go on.
 
     Returns:
         ``(model, FitReport)``: the PEFT model in training precision.
@@ -242,6 +264,7 @@ def fit(
     check_trainable(samples, context, special_ids(tokenizer))
     model = add_adapter(model, settings, seed)
     four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    readings: list[tuple[int, float]] = []
     micro_batch = settings.micro_batch  # as it is now: memory may run out
 
     def forward(self, input_ids, attention_mask, labels):
@@ -296,6 +319,13 @@ def fit(
         saved = time.monotonic()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if probe and state.global_step in probe_steps(state.max_steps, probe.times):
+                model.eval()
+                nll = completion_nll(model, probe.samples).per_token
+                model.train()
+                readings.append((state.global_step, nll))
+                if not probe.go_on(state.global_step, state.max_steps, nll):
+                    control.should_training_stop = True
             minutes = (time.monotonic() - self.saved) / 60
             due = settings.checkpoint_minutes and minutes >= settings.checkpoint_minutes and state.global_step < state.max_steps
             # A logged step: the losses in between are in no file. Weights that are not finite are no state to go on from.
@@ -313,10 +343,8 @@ def fit(
                 return
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {state.global_step}", hint="Lower learning_rate.")
-            if progress_file and state.is_world_process_zero:
-                progress_file.write_text(
-                    json.dumps({"step": state.global_step, "steps": state.max_steps, "loss": loss}), encoding="utf-8"
-                )
+            if state.is_world_process_zero:
+                tell_progress(progress_file, state.global_step, state.max_steps, f"loss {loss:.3f}")
 
     data = Dataset.from_dict(
         {
@@ -365,9 +393,16 @@ def fit(
         losses=[float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
         micro_batch=micro_batch,
         resumed_at=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+        readings=readings,
+        stopped=trainer.state.global_step < trainer.state.max_steps,
     )
     model.eval()
     return model, report
+
+
+def probe_steps(steps: int, times: int) -> set[int]:
+    """The steps of a fit after which its probe is read: ``times`` of them, or every step where there are fewer."""
+    return {math.ceil(steps * i / times) for i in range(1, times + 1)}
 
 
 def last_checkpoint(work: Path) -> str | None:
@@ -380,8 +415,6 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 def _tokens_seen(samples: Sequence[EncodedSample], settings: FitSettings, steps: int) -> int:
-    """Tokens of all epochs; of a part of an epoch its share (batches are random draws)."""
-    tokens = sum(len(s.ids) for s in samples)
-    if not settings.max_steps:
-        return settings.epochs * tokens
-    return round(tokens * steps / math.ceil(len(samples) / settings.batch_size))
+    """Tokens of the passes over the samples; of a part of a pass its share (batches are random draws)."""
+    passes = steps / math.ceil(len(samples) / settings.batch_size)
+    return round(sum(len(s.ids) for s in samples) * passes)

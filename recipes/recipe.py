@@ -300,7 +300,7 @@ def sweep_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
-        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.loss", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
+        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.loss", "tsugiki.adapt.point", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
                             "tsugiki.adapt.forecast", "tsugiki.intervals"),
     }
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tsugiki.adapt import fit as module
-from tsugiki.adapt.fit import FitSettings, fit, last_checkpoint, load_base, log_targets
+from tsugiki.adapt.fit import FitSettings, Probe, fit, last_checkpoint, load_base, log_targets
 from tsugiki.adapt.loss import batch_loss
 from tsugiki.adapt.nll import completion_nll
 from tsugiki.errors import UserError
@@ -110,6 +110,29 @@ class KilledAt:
     def write_text(self, text, encoding):
         if json.loads(text)["step"] >= self.step:
             raise KeyboardInterrupt
+
+
+# --- the probe ------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_reads_the_nll_at_equal_steps_and_may_end_the_fit(base, tokenizer, tmp_path):
+    held_out = samples()[:3]
+    whole, full = fit(base, tokenizer, samples(), replace(BATCHES, epochs=8), tmp_path / "a",
+                      probe=Probe(held_out, 4, lambda step, steps, nll: True))
+    assert [step for step, _ in full.readings] == [4, 8, 12, 16] and not full.stopped
+    assert full.readings[-1][1] == pytest.approx(completion_nll(whole, held_out).per_token, rel=1e-6)
+    _, part = fit(base, tokenizer, samples(), replace(BATCHES, epochs=8), tmp_path / "b",
+                  probe=Probe(held_out, 4, lambda step, steps, nll: step < 8))
+    assert part.readings == full.readings[:2] and part.stopped
+    assert (part.steps, part.train_tokens) == (8, full.train_tokens // 2)
+
+
+def test_measuring_on_the_way_changes_nothing(base, tokenizer, tmp_path):
+    plain, _ = fit(base, tokenizer, samples(), replace(BATCHES, dropout=0.1, epochs=8), tmp_path / "a")
+    probed, _ = fit(base, tokenizer, samples(), replace(BATCHES, dropout=0.1, epochs=8), tmp_path / "b",
+                    probe=Probe(samples()[:3], 4, lambda *_: True))
+    for name, p in adapter_parameters(plain).items():
+        assert torch.equal(p, adapter_parameters(probed)[name]), name
 
 
 def test_a_killed_fit_goes_on_from_its_checkpoint_to_the_same_losses(base, tokenizer, tmp_path):
