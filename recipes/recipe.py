@@ -36,7 +36,6 @@ BASES = Path(__file__).parent / "bases.yaml"
 STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate", "report")
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
 STEP_ITEMS = 100  # test items on which adapter, merged model, F16 and levels are compared step by step
-ENGINE = ("tsugiki.evaluate.engine", "tsugiki.evaluate.decoding", "tsugiki.evaluate.prefixes")
 LARGE = 500_000_000  # parameters from which a base wants a small rank and rate
 
 
@@ -235,7 +234,7 @@ def data_stage(run: Run) -> bool:
         "max_tokens": domain.max_tokens,
         "base": [fingerprint(run.base_dir), run.base.family],
         "told": [domain.title, domain.licence, domain.credit, domain.scoring],
-        "code": code_digest("tsugiki.samples", "tsugiki.chat", "tsugiki.tokenizers", "tsugiki.adapt.samples", "tsugiki.recipes.domains"),
+        "code": code_digest("tsugiki.adapt.samples", "tsugiki.chat", "tsugiki.recipes.domains"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -300,8 +299,7 @@ def sweep_stage(run: Run) -> bool:
         "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
-        "code": code_digest("tsugiki.adapt.nll", "tsugiki.adapt.fit", "tsugiki.adapt.loss", "tsugiki.adapt.point", "tsugiki.adapt.sweep", "tsugiki.adapt.optimum",
-                            "tsugiki.adapt.forecast", "tsugiki.intervals"),
+        "code": code_digest("tsugiki.adapt.sweep"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -337,9 +335,7 @@ def gguf_stage(run: Run) -> bool:
         "sweep": stage_hash(run.folder / "sweep", "adapter"),
         "data": stage_hash(run.folder / "data", "test.jsonl"),
         "base": [fingerprint(run.base_dir), run.base.hub_id, run.base.licence, run.base.languages],
-        "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.families", "tsugiki.quantize.weights",
-                            "tsugiki.quantize.adapter", "tsugiki.quantize.tokenizer", "tsugiki.quantize.parity", "tsugiki.quantize.gate",
-                            "tsugiki.quantize.child", "tsugiki.quantize.texts", "tsugiki.chat", "tsugiki.tokenizers", "tsugiki.lineage"),
+        "code": code_digest("tsugiki.quantize.convert", "tsugiki.quantize.gate"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -395,7 +391,7 @@ def levels_stage(run: Run) -> bool:
         "gguf": stage_hash(run.folder / "gguf", "model-F16.gguf"),
         "levels": list(run.settings.levels),
         "imatrix": run.settings.imatrix and [stage_hash(run.folder / "data", "train.jsonl"), *map(sha256_file, general)],
-        "code": code_digest("tsugiki.quantize.levels", "tsugiki.quantize.imatrix", "tsugiki.quantize.native", "tsugiki.quantize.child"),
+        "code": code_digest("tsugiki.quantize.levels", "tsugiki.quantize.imatrix"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -435,9 +431,7 @@ def check_stage(run: Run) -> bool:
         "sensitivity": run.settings.sensitivity_tokens and [run.settings.sensitivity_tokens, run.settings.imatrix],
         "settings": {**dataclasses.asdict(settings), "items": run.settings.check_items},
         "scoring": [run.domain.scoring, run.domain.max_new_tokens],
-        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.compare", "tsugiki.quantize.verdict", "tsugiki.quantize.child",
-                            "tsugiki.quantize.native", "tsugiki.quantize.imatrix", "tsugiki.quantize.parity", "tsugiki.quantize.attribution", "tsugiki.quantize.sensitivity", "tsugiki.quantize.profile", "tsugiki.intervals", *ENGINE,
-                            "tsugiki.evaluate.score", "tsugiki.evaluate.domain"),
+        "code": code_digest("tsugiki.quantize.check", "tsugiki.quantize.attribution", "tsugiki.quantize.sensitivity"),
     }
 
     def work(folder: Path) -> list[Path]:
@@ -504,9 +498,7 @@ def evaluate_stage(run: Run) -> bool:
         "recommended": level,
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
         "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
-        "code": code_digest(*ENGINE, "tsugiki.evaluate.score", "tsugiki.evaluate.domain", "tsugiki.evaluate.paired",
-                            "tsugiki.evaluate.run", "tsugiki.evaluate.harness", "tsugiki.evaluate.tasks", "tsugiki.intervals",
-                            "tsugiki.recipes.before_after"),
+        "code": code_digest("tsugiki.recipes.before_after"),
     }
     results = run.folder.parent.parent / "results.sqlite"
 
@@ -545,7 +537,7 @@ def _benchmark_data(data_dir: Path | None) -> list[Any]:
 
     folder = data_folder(data_dir)[0]
     there = folder / "benchmarks" if folder else None
-    return [digest({p.name: sha256_file(p) for p in sorted(TASKS.glob("*.yaml"))}),
+    return [digest({p.name: sha256_file(p) for p in sorted(TASKS.glob("*")) if p.suffix in (".yaml", ".py")}),
             sorted(p.name for p in there.iterdir()) if there and there.is_dir() else []]
 
 

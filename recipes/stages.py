@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import fcntl
 import os
 import resource
@@ -9,30 +11,59 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tsugiki
-from tsugiki.artifacts import digest, read_json, sha256_file, sha256_tree, write_json
+from tsugiki.artifacts import digest, read_json, sha256_tree, write_json
 from tsugiki.errors import UserError
 from tsugiki.machine import peak_rss
 from tsugiki.progress import console
 
-ROOT = Path(tsugiki.__file__).parent
+# No number depends on what these say.
+SPEAKS = ("tsugiki.errors", "tsugiki.progress", "tsugiki.recipes.terminal")
 
 
 def code_digest(*modules: str) -> str:
-    """A hash of the source files of modules or packages of this kit, named like ``tsugiki.adapt``."""
-    from importlib.util import find_spec
+    """A hash of the code of modules of this kit, named like ``tsugiki.adapt.fit``, and of all that they import from it.
 
-    sources = {}
-    for name in modules:
+    Comments, docstrings and layout do not count, nor does what only speaks to the user (``SPEAKS``).
+    """
+    waiting, found = [*modules], {}
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if path and name not in found and name not in SPEAKS:
+            found[name], imported = _read_code(path)
+            waiting += imported
+    return digest(found)
+
+
+@cache
+def _read_code(path: Path) -> tuple[str, tuple[str, ...]]:
+    """The hash of a file's code, and the names of the kit's modules that it imports, at its top or inside a function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return digest(ast.dump(tree)), tuple(sorted(n for n in names if n.startswith("tsugiki")))
+
+
+@cache
+def _source(name: str) -> Path | None:
+    """The file of a module of this kit; none for a name in a module."""
+    with contextlib.suppress(ModuleNotFoundError):
         spec = find_spec(name)
-        assert spec is not None and spec.origin is not None, name
-        path = Path(spec.origin)
-        files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
-        sources |= {f"{name}/{file.name}": sha256_file(file) for file in files}
-    return digest(sources)
+        if spec and spec.origin:
+            return Path(spec.origin)
+    return None
 
 
 def stage_hash(folder: Path, *names: str) -> str:

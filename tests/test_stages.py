@@ -7,6 +7,7 @@ import pytest
 
 from tsugiki.artifacts import digest, read_json, sha256_file, write_text
 from tsugiki.errors import UserError
+from tsugiki.recipes import stages
 from tsugiki.recipes.stages import alone, code_digest, run_stage, stage_hash
 
 
@@ -145,7 +146,8 @@ def test_what_depends_on_one_file_ignores_the_others(tmp_path):
 
 def test_a_run_is_held_by_one_process_and_let_go_by_a_killed_one(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tsugiki.recipes.stages import alone\n"
+        "import sys\nfrom pathlib import Path\nfrom tsugiki.recipes import stages
+from tsugiki.recipes.stages import alone\n"
         "with alone(Path(sys.argv[1])):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -190,4 +192,49 @@ def test_an_output_that_was_not_written_is_an_error_and_not_done(tmp_path):
 def test_code_is_known_by_its_content():
     assert code_digest("tsugiki.adapt.nll") == code_digest("tsugiki.adapt.nll")
     assert code_digest("tsugiki.adapt.nll") != code_digest("tsugiki.adapt.fit")
-    assert code_digest("tsugiki.adapt") != code_digest("tsugiki.adapt.nll")
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    """A kit of three modules, of which the first imports the second in a function, and the second the third."""
+    sources = {
+        "tsugiki.one": "def work():\n    from tsugiki.two import number\n    return number\n",
+        "tsugiki.two": "import tsugiki.three\nnumber = 1  # of them\n",
+        "tsugiki.three": '"""Says little."""\n\n\ndef third() -> int:\n    """Three."""\n    return 3\n',
+    }
+
+    def write(name, text):
+        version = len(list(tmp_path.iterdir()))  # a file of its own: what was read is remembered
+        files[name] = tmp_path / f"{version}.py"
+        files[name].write_text(text, encoding="utf-8")
+
+    files = {}
+    for name, text in sources.items():
+        write(name, text)
+    monkeypatch.setattr(stages, "_source", files.get)
+    return write
+
+
+def test_a_change_in_whatever_is_imported_counts(kit):
+    before = code_digest("tsugiki.one")
+    kit("tsugiki.three", "def third() -> int:\n    return 4\n")
+    assert code_digest("tsugiki.one") != before
+
+
+def test_words_and_layout_of_the_code_do_not_count(kit):
+    before = code_digest("tsugiki.one")
+    kit("tsugiki.three", '"""Says more."""\n\ndef third() -> int:\n    # three\n    return (3)\n')
+    assert code_digest("tsugiki.one") == before
+
+
+def test_what_a_stage_computes_with_is_in_its_key():
+    """The modules that a list kept by hand once left out."""
+    found = set()
+    waiting = ["tsugiki.recipes.before_after"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (path := stages._source(name)):
+            found.add(name)
+            waiting += stages._read_code(path)[1]
+    assert {"tsugiki.evaluate.metrics", "tsugiki.evaluate.data", "tsugiki.evaluate.suites", "tsugiki.intervals"} <= found
+    assert "tsugiki.recipes.recipe" not in found  # which would be everything
