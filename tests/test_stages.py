@@ -146,8 +146,7 @@ def test_what_depends_on_one_file_ignores_the_others(tmp_path):
 
 def test_a_run_is_held_by_one_process_and_let_go_by_a_killed_one(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tsugiki.recipes import stages
-from tsugiki.recipes.stages import alone\n"
+        "import sys\nfrom pathlib import Path\nfrom tsugiki.recipes.stages import alone\n"
         "with alone(Path(sys.argv[1])):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen(
