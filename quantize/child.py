@@ -1,13 +1,19 @@
-"""Native code runs in child processes: one JSON job in, one JSON object a line out, a sentence when it dies."""
+"""Native code runs in child processes: one JSON job in, one JSON object a line out, a sentence when it dies.
+
+A child ends with its parent, even one that was killed and could end nothing: the parent keeps the pipe of the job open,
+and the system closes it with the parent, which the child sees.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 
 from tsugiki.artifacts import refusal
@@ -15,7 +21,7 @@ from tsugiki.errors import UserError
 
 
 def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dict], None] | None = None) -> dict:
-    """Run ``python -m module`` with ``job`` as JSON on its standard input, and return its result.
+    """Run ``python -m module`` with ``job`` as a line of JSON on its standard input, and return its result.
 
     The child writes one JSON object a line: ``{"result": …}`` last, ``{"error", "where", "hint"}`` where it refuses
     (:func:`serve` does), anything else goes to ``on_message``.
@@ -30,11 +36,9 @@ def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dic
                                  stderr=words, env=environment)
         result = None
         try:
-            try:
-                with child.stdin:
-                    child.stdin.write(json.dumps(job).encode())
-            except BrokenPipeError:
-                pass  # it has died; its last words say why
+            with contextlib.suppress(BrokenPipeError):  # it has died; its last words say why
+                child.stdin.write(json.dumps(job).encode() + b"\n")
+                child.stdin.flush()
             for line in child.stdout:
                 message = json.loads(line)
                 if "error" in message:
@@ -47,6 +51,8 @@ def run_child(module: str, job: Mapping, *, name: str, on_message: Callable[[dic
             child.kill()
             child.wait()
             child.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         if child.returncode or result is None:
             words.seek(max(0, words.seek(0, os.SEEK_END) - 4000))
             lines = [w.strip() for w in words.read().decode("utf-8", "replace").splitlines() if w.strip()]
@@ -72,8 +78,10 @@ def serve(task: Callable[[dict], dict]) -> None:
     global _channel
     _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    job = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        say(result=task(json.load(sys.stdin)))
+        say(result=task(job))
     except UserError as error:
         say(error=error.message, where=error.where, hint=error.hint)
     except Exception as error:
@@ -81,6 +89,13 @@ def serve(task: Callable[[dict], dict]) -> None:
         if known is None:
             raise
         say(error=known.message, where=known.where, hint=known.hint)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, then end this process at once, whatever native code is doing."""
+    while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants when it ends
+        pass
+    os._exit(1)
 
 
 def say(**message) -> None:

@@ -151,13 +151,13 @@ def test_a_fault_of_ours_is_exit_code_one_and_says_what_to_do(tsugiki_, monkeypa
     assert code == 1 and "Traceback" in err
 
 
-def test_ctrl_c_is_exit_code_130(tsugiki_, monkeypatch):
+def test_ctrl_c_is_a_sentence_and_exit_code_two(tsugiki_, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load_bases", interrupted)
     code, _, err = tsugiki_("recipe", "list")
-    assert code == 130 and "interrupted; run the same command again to go on" in err and "Traceback" not in err
+    assert code == 2 and "interrupted: what was finished is kept, and nothing half-written; run the same command again to go on" in err and "Traceback" not in err
 
 
 def test_a_full_disk_or_a_place_that_cannot_be_written_is_exit_code_two(tsugiki_, monkeypatch, tmp_path):
@@ -182,7 +182,7 @@ def test_a_termination_is_as_an_interruption(tsugiki_, monkeypatch, tmp_path):
         code, _, err = tsugiki_("recipe", "list")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert code == 130 and "interrupted" in err and "Traceback" not in err and list(tmp_path.iterdir()) == []
+    assert code == 2 and "interrupted" in err and "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 
 def test_a_rate_may_be_written_as_people_write_it(tsugiki_):

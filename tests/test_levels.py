@@ -122,7 +122,7 @@ def _aborting_python(folder):
     """Stands for native code that aborts half-way through its output."""
     script = folder / "python"
     script.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\njob = json.load(sys.stdin)\nopen(job['out'], 'wb').write(b'half')\n"
+        f"#!{sys.executable}\nimport json, os, sys\njob = json.loads(sys.stdin.readline())\nopen(job['out'], 'wb').write(b'half')\n"
         "print('GGML_ASSERT(row) failed', file=sys.stderr, flush=True)\nos.abort()\n"
     )
     script.chmod(0o755)

@@ -257,8 +257,8 @@ def test_ctrl_c_ends_with_a_sentence_and_leaves_no_process(tmp_path):
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "interrupted; run the same command again to go on" in said and "Traceback" not in said
+    assert process.returncode == 2
+    assert "interrupted: what was finished is kept, and nothing half-written; run the same command again to go on" in said and "Traceback" not in said
     end = time.monotonic() + 10
     while is_alive(process.pid):
         assert time.monotonic() < end, "a process of the recipe is still there"
