@@ -24,7 +24,8 @@ from tsugiki.tokenizers import load_tokenizer
 class Point:
     """One finished point of the sweep; ``nll`` and ``train_nll`` in nats/token, ``bpc`` in bits per character.
 
-    ``epochs``: passes over the samples, the last one maybe in part where the steps were given.
+    ``epochs``: passes over the samples, the last one maybe in part where the steps were given. ``seconds``: wall time of
+    loading, training and scoring, on ``cores`` threads. ``gpu_peak``: bytes of the GPU's memory at most; 0 without a GPU.
     """
 
     n: int
@@ -38,6 +39,8 @@ class Point:
     seconds: float
     peak_rss: int
     nll_by_kind: dict[str, float]
+    cores: int
+    gpu_peak: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def train_point(job: PointJob, *, threads: int, progress_file: Path | None = Non
             nll=nll.per_token, bpc=bits_per_character(nll, test), train_nll=train_nll.per_token,
             train_tokens=fitted.train_tokens if fitted else 0, seconds=round(time.monotonic() - began, 2),
             peak_rss=fitted.peak_rss if fitted else 0, nll_by_kind=_by_kind(nll, test),
+            cores=threads, gpu_peak=torch.cuda.max_memory_allocated() if device_name() == "cuda" else 0,
         )
         write_json(temporary / "point.json", {
             "key": job.key, "point": asdict(point), "losses": fitted.losses if fitted else [], "resumed_at": fitted.resumed_at if fitted else 0,
