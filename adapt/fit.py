@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from tsugiki.adapt.loss import batch_loss
 from tsugiki.adapt.nll import completion_nll
 from tsugiki.adapt.plan import FOUR_BIT_FROM
@@ -78,11 +80,13 @@ class Probe:
         samples: not those trained on, and not the test samples: a choice made by them would leak.
         times: readings, after equal numbers of steps; the last falls on the last step.
         go_on: called as ``go_on(step, steps, nll)`` with the NLL in nats/token at training precision; ``False`` ends the fit.
+        on_nats: called before it with the summed nats of each sample, ``(S,)`` float64.
     """
 
     samples: Sequence[EncodedSample]
     times: int
     go_on: Callable[[int, int, float], bool]
+    on_nats: Callable[[np.ndarray], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -321,9 +325,11 @@ def fit(
         def on_step_end(self, args, state, control, **kwargs):
             if probe and state.global_step in probe_steps(state.max_steps, probe.times):
                 model.eval()
-                nll = completion_nll(model, probe.samples).per_token
+                read = completion_nll(model, probe.samples)
                 model.train()
-                readings.append((state.global_step, nll))
+                readings.append((state.global_step, nll := read.per_token))
+                if probe.on_nats:
+                    probe.on_nats(read.nats)
                 if not probe.go_on(state.global_step, state.max_steps, nll):
                     control.should_training_stop = True
             minutes = (time.monotonic() - self.saved) / 60
