@@ -24,6 +24,7 @@ from tsugiki.adapt.sweep import SweepSettings, run_sweep
 from tsugiki.artifacts import digest, read_json, sha256_file, write_json
 from tsugiki.bases import Base, fingerprint, load_bases, profile, resolve
 from tsugiki.errors import UserError
+from tsugiki.licences import card_licence, check_licence, licence_notes
 from tsugiki.progress import console
 from tsugiki.quantize.check import CheckSettings
 from tsugiki.recipes.before_after import BenchmarkChoice
@@ -70,7 +71,7 @@ class RecipeSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """One domain on one base: what the stages share."""
+    """One domain on one base: what the stages share; ``part`` is the folder between the two of a run beside the main one."""
 
     domain: Domain
     base: Base
@@ -78,10 +79,16 @@ class Run:
     folder: Path
     data_dir: Path | None
     settings: RecipeSettings
+    part: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.domain.name}/{self.base.name}"
+        return "/".join(filter(None, (self.domain.name, self.part, self.base.name)))
+
+    @property
+    def results(self) -> Path:
+        """The results table of all runs."""
+        return self.folder.parents[2 if self.part else 1] / "results.sqlite"
 
 
 def open_run(
@@ -97,12 +104,15 @@ def open_run(
         changes: ``key=value`` settings.
 
     Raises:
-        UserError: an unknown domain, base or setting; a base that cannot be had.
+        UserError: an unknown domain, base or setting; a base that cannot be had, or that allows no derived models.
     """
     found = load_domain(domain)
     bases = load_bases(BASES)
+    if base in bases:
+        check_licence(bases[base])  # before its weights are fetched
     base_dir = resolve(base, bases)
-    known = bases.get(base) or Base(name=folder_name(base_dir), path=base_dir, family="")
+    known = bases.get(base) or Base(name=folder_name(base_dir), path=base_dir, family="", licence=card_licence(base_dir))
+    check_licence(known)
     large = (profile(base_dir).parameters or 0) >= LARGE
     settings = settle(found, changes or [], large=large)
     return Run(found, known, base_dir, runs / found.name / known.name, data_dir, settings)
@@ -208,6 +218,8 @@ def run_recipe(run: Run, stages: tuple[str, ...] = STAGES) -> Path:
                         hint=f"{f'Did you mean {near[0]}? ' if near else ''}The stages: {', '.join(STAGES)}")
     began = time.monotonic()
     console.print(f"[bold]{escape(_title(run.domain))}[/] ({run.domain.name}) on [bold]{run.base.name}[/] → {escape(str(run.folder))}")
+    for _, note in licence_notes(run.base, run.base_dir):
+        console.print(f"  [yellow]{escape(note)}[/]")
     steps = {
         "data": data_stage, "sweep": sweep_stage, "gguf": gguf_stage, "levels": levels_stage,
         "check": check_stage, "evaluate": evaluate_stage, "report": report_stage,
@@ -316,7 +328,7 @@ def sweep_stage(run: Run) -> bool:
                 f"{ahead['nll_ci'][1]:.4f}): {100 * ahead['gain']:.0f} % less; worth collecting: {ahead['answer']}"
             )
         replace_results(
-            run.folder.parent.parent / "results.sqlite", run.name, "sweep",
+            run.results, run.name, "sweep",
             [
                 Result(run.name, run.base.name, run.domain.name, "nll", p["nll"], adapter=f"n{p['n']}-s{p['seed']}",
                        n=test_items, settings={"n": p["n"], "seed": p["seed"], "epochs": p["epochs"], "ci": p["nll_ci"]},
@@ -472,7 +484,7 @@ def check_stage(run: Run) -> bool:
                           f"same top token {row['top1']:.1%}  score {row['score']:.3f}")
         console.print(f"  take [bold]{found['recommended']['level']}[/]: {found['recommended']['why']['en']}")
         replace_results(
-            run.folder.parent.parent / "results.sqlite", run.name, "check",
+            run.results, run.name, "check",
             [
                 Result(f"{run.name}/{row['level']}", run.base.name, run.domain.name, metric, row[metric], level=row["level"],
                        n=len(test), provenance=digest(inputs))
@@ -500,7 +512,7 @@ def evaluate_stage(run: Run) -> bool:
         "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
         "code": code_digest("tsugiki.recipes.before_after"),
     }
-    results = run.folder.parent.parent / "results.sqlite"
+    results = run.results
 
     def work(folder: Path) -> list[Path]:
         from tsugiki.recipes.before_after import before_after
