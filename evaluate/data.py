@@ -2,19 +2,27 @@
 
 The folder holds ``benchmarks/<folder>/…``, the files as their publishers give them (:data:`SETS` says which). A set that
 is not there says where it comes from, under which licence and where to put it. Rows have the same columns from either
-source. Sets under a no-derivatives licence are read where they lie: nothing here writes, reshapes or caches them. The
-publishers' commits stand in ``url``; no hub revision is pinned (``revision`` is None: the newest is loaded), because
-none was checked against these numbers.
+source. Sets under a no-derivatives licence are read where they lie: nothing here writes, reshapes or caches them.
+
+A set has two homes, and they are never mixed up: its publisher's files (``url``: a GitHub permalink, whose repository and
+commit :attr:`DataSet.published` gives, where it has one) and its copy on the hub (``hub_id`` and ``revision``). No hub
+revision is pinned here (None: the newest is loaded), because none was checked against these numbers; :func:`reading`
+pins one, and records the commit that the hub gave.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from tsugiki.artifacts import digest, sha256_file
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate import data_files
 from tsugiki.evaluate.data_files import Row
@@ -28,7 +36,7 @@ class DataSet:
         name: how :func:`load_set` calls it.
         title: for people.
         licence: of the data, in words.
-        url: where the files come from, with the commit where one is pinned.
+        url: where the files come from; on GitHub a permalink to the commit.
         files: split -> files relative to ``<data-dir>/benchmarks/<folder>/``; ``*`` matches, ``{config}`` is one of
             ``configs``. The splits in ``optional`` may be absent.
         columns: every row has these.
@@ -63,6 +71,12 @@ class DataSet:
     reshape: Callable[[Row], Row] | None = None
     note: str = ""
 
+    @property
+    def published(self) -> tuple[str, str] | None:
+        """GitHub repository (``owner/name``) and commit of the publisher's files; None where they are not on GitHub."""
+        owner_name, tree, rest = self.url.removeprefix(_GITHUB).partition("/tree/")
+        return (owner_name, rest.partition("/")[0]) if self.url.startswith(_GITHUB) and tree else None
+
 
 # --- the sets --------------------------------------------------------------------------------------------------------
 
@@ -90,7 +104,7 @@ MMLU_PROX_OPTIONS = tuple(f"option_{i}" for i in range(10))
 
 _GITHUB = "https://github.com/"
 _HUB = "https://huggingface.co/datasets/"
-_JMMLU = _GITHUB + "nlp-waseda/JMMLU at 762cbf192c9e"
+_JMMLU = _GITHUB + "nlp-waseda/JMMLU/tree/762cbf192c9e"
 _MT_BENCH = {
     "ja": "mt_bench_ja/question/question_full-v3.jsonl",
     "ja_v4": "mt_bench_ja/question/question_full-v4.jsonl",
@@ -102,7 +116,7 @@ _MT_BENCH = {
 
 _ALL = [
     DataSet(
-        "mgsm", "MGSM", "CC BY 4.0", _GITHUB + "google-research/url-nlp at 452a21ad3dae (mgsm/)",
+        "mgsm", "MGSM", "CC BY 4.0", _GITHUB + "google-research/url-nlp/tree/452a21ad3dae/mgsm",
         {"train": ("exemplars.json",), "test": ("mgsm_{config}.tsv",)},
         ("language", "question", "answer", "answer_number"), {"train": 88, "test": 2750},
         hub_id="juletxara/mgsm", configs=MGSM_LANGUAGES, column="language", read=data_files.read_mgsm,
@@ -128,7 +142,7 @@ _ALL = [
         read=data_files.read_jmmlu, note="On the hub it is JMMLU.zip, read in place.",
     ),
     DataSet(
-        "niilc", "NIILC-QA", "CC BY-SA 4.0", _GITHUB + "mynlp/niilc-qa at b6d47968b2e3 (data/)",
+        "niilc", "NIILC-QA", "CC BY-SA 4.0", _GITHUB + "mynlp/niilc-qa/tree/b6d47968b2e3/data",
         {"dev": ("NIILC-ECQA2015_dev.xml",), "test": ("NIILC-ECQA2015_test.xml",)},
         ("id", "text", "answers", "D_3"), {"dev": 800, "test": 200},
         hub_id="sbintuitions/niilc-qa", config="v1.2", read=data_files.read_niilc,
@@ -147,49 +161,49 @@ _ALL = [
     ),
     DataSet(
         "lawqa_jp", "日本の法令に関する多肢選択式QA", "Public Data License 1.0 (attribution)",
-        _GITHUB + "digital-go-jp/lawqa_jp at 6165cc9748a1 (data/)",
+        _GITHUB + "digital-go-jp/lawqa_jp/tree/6165cc9748a1/data",
         {"test": ("selection.json",), "randomized": ("selection_randomized.json",)},
         ("ファイル名", "コンテキスト", "問題文", "指示", "選択肢", "output"), {"test": 140, "randomized": 560},
         read=data_files.read_lawqa,
     ),
     DataSet(
-        "jcommonsenseqa", "JCommonsenseQA (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
+        "jcommonsenseqa", "JCommonsenseQA (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE/tree/6f071c09316b",
         {s: (f"jcommonsenseqa-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
         ("q_id", "question", *(f"choice{i}" for i in range(5)), "label"), {"train": 8939, "valid": 1119, "test": 1118},
         hub_id="sbintuitions/JCommonsenseQA", folder="jglue", read=data_files.read_lines, optional=("test",),
         hub_splits={"valid": "validation"}, note="train and valid are the same in 1.1 and 1.3.",
     ),
     DataSet(
-        "jsquad", "JSQuAD (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE at 6f071c09316b",
+        "jsquad", "JSQuAD (JGLUE 1.3)", "CC BY-SA 4.0", _GITHUB + "yahoojapan/JGLUE/tree/6f071c09316b",
         {s: (f"jsquad-v1.3/{s}-v1.3.json",) for s in ("train", "valid", "test")},
         ("id", "title", "context", "question", "answers"), {"valid": 4442, "test": 4420},
         hub_id="sbintuitions/JSQuAD", folder="jglue", read=data_files.read_jsquad, optional=("train", "test"),
         hub_splits={"valid": "validation"}, note="valid is the same in 1.1 and 1.3; the shots come from train.",
     ),
     DataSet(
-        "jemhopqa", "JEMHopQA 1.0", "CC BY-SA 4.0", _GITHUB + "aiishii/JEMHopQA at fed5024f4f39",
+        "jemhopqa", "JEMHopQA 1.0", "CC BY-SA 4.0", _GITHUB + "aiishii/JEMHopQA/tree/fed5024f4f39",
         {"train": ("corpus/train.json",), "dev": ("corpus/dev.json",)}, ("qid", "type", "question", "answer"),
         {"train": 1059, "dev": 120}, hub_id="sbintuitions/JEMHopQA", config="v1", hub_splits={"dev": "validation"},
         read=data_files.read_jemhopqa,
         note="llm-jp-eval 1.3.0 uses 1.0; 1.1 and 1.2 change two and three answers of dev.",
     ),
     DataSet(
-        "gsm8k", "GSM8K", "MIT", _GITHUB + "openai/grade-school-math at 3101c7d50724",
+        "gsm8k", "GSM8K", "MIT", _GITHUB + "openai/grade-school-math/tree/3101c7d50724",
         {"train": ("train.jsonl",), "test": ("test.jsonl",)}, ("question", "answer"), {"train": 7473, "test": 1319},
         hub_id="openai/gsm8k", config="main",
     ),
     DataSet(
-        "humaneval", "HumanEval", "MIT", _GITHUB + "openai/human-eval at 6d43fb980f9f", {"test": ("HumanEval.jsonl.gz",)},
+        "humaneval", "HumanEval", "MIT", _GITHUB + "openai/human-eval/tree/6d43fb980f9f", {"test": ("HumanEval.jsonl.gz",)},
         ("task_id", "prompt", "entry_point", "canonical_solution", "test"), {"test": 164},
         hub_id="openai/openai_humaneval",
     ),
     DataSet(
-        "jhumaneval", "JHumanEval", "MIT", _GITHUB + "KuramitsuLab/jhuman-eval at def32e75b363",
+        "jhumaneval", "JHumanEval", "MIT", _GITHUB + "KuramitsuLab/jhuman-eval/tree/def32e75b363",
         {"test": ("jhuman-eval.jsonl.gz",)}, ("task_id", "prompt", "entry_point", "canonical_solution", "test"),
         {"test": 164}, hub_id="kogi-jwu/jhumaneval",
     ),
     DataSet(
-        "bbh", "BIG-Bench Hard", "MIT", _GITHUB + "suzgunmirac/BIG-Bench-Hard at 9ee07bd481fe",
+        "bbh", "BIG-Bench Hard", "MIT", _GITHUB + "suzgunmirac/BIG-Bench-Hard/tree/9ee07bd481fe",
         {"test": ("bbh/{config}.json",), "cot_prompts": ("cot-prompts/{config}.txt",)}, ("subtask", "input", "target"),
         {"test": 6511, "cot_prompts": 27}, hub_id="SaylorTwift/bbh", configs=BBH_SUBTASKS, column="subtask",
         optional=("cot_prompts",), read=data_files.read_bbh,
@@ -197,14 +211,14 @@ _ALL = [
     ),
     DataSet(
         "xwinograd", "XWINO", "Apache-2.0; the sentences are from WSC and others: see the README",
-        _GITHUB + "yandex-research/crosslingual_winograd at d2cfbbf7dc8f", {"test": ("dataset.tsv",)},
+        _GITHUB + "yandex-research/crosslingual_winograd/tree/d2cfbbf7dc8f", {"test": ("dataset.tsv",)},
         ("language", "sentence", "option1", "option2", "answer"), {"test": 3961}, hub_id="Muennighoff/xwinograd",
         configs=("en", "jp", "fr", "pt", "ru", "zh"), column="language", read=data_files.read_xwinograd,
     ),
     *[
         DataSet(
             f"mt_bench_{split}", f"MT-Bench ({split.replace('_', ', ')})", "Apache-2.0",
-            _GITHUB + "llm-jp/llm-jp-judge at 4392b3b00ddd", {"test": (path,)},
+            _GITHUB + "llm-jp/llm-jp-judge/tree/4392b3b00ddd", {"test": (path,)},
             ("question_id", "choices") if "reference" in split else ("question_id", "category", "turns"),
             {"test": 30 if split == "en_reference" else 80}, folder="mt_bench_ja",
         )
@@ -246,6 +260,64 @@ _ALL = [
     ),
 ]  # fmt: skip
 SETS: dict[str, DataSet] = {s.name: s for s in _ALL}
+
+
+# --- which data was read ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """What :func:`load_set` read inside :func:`reading`.
+
+    Attributes:
+        revisions: set -> the hub revision to load.
+        every: the hub revision to load of any other set; None: the newest.
+        files: set -> file -> SHA-256, of sets that were read from a folder.
+        commits: set -> the hub's commits, of sets that came from there.
+        elsewhere: sets that came from neither, and from where.
+    """
+
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    every: str | None = None
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    commits: dict[str, set[str]] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row a set: ``set``, ``from`` (``folder``, ``hub`` or a name), and what identifies the data:
+        ``sha256`` of the files, or ``hub_id`` and ``revision`` (the hub's commit, None where it could not be known)."""
+        found: list[dict[str, Any]] = [{"set": s, "from": "folder", "sha256": digest(files)} for s, files in self.files.items()]
+        found += [{"set": s, "from": "hub", "hub_id": SETS[s].hub_id, "revision": ", ".join(sorted(commits)) or None}
+                  for s, commits in self.commits.items()]
+        return found + [{"set": s, "from": where} for s, where in self.elsewhere.items()]
+
+
+_READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def reading(revisions: Mapping[str, str] | None = None, every: str | None = None) -> Iterator[Reading]:
+    """Pin hub revisions of sets (``every``: of all of them), and learn what was read: see :class:`Reading`.
+
+    Raises:
+        UserError: a revision for a set that does not come from the hub.
+    """
+    wrong = [f"{name}: {'it is not on the hub' if name in SETS else 'there is no such set'}" for name in revisions or ()
+             if name not in SETS or not SETS[name].hub_id]
+    raise_problems(wrong, what="Revisions", hint="tsugiki evaluate data list names the sets.")
+    found = Reading(dict(revisions or {}), every)
+    token = _READING.set(found)
+    try:
+        yield found
+    finally:
+        _READING.reset(token)
+
+
+def hub_commit(rows: Any) -> str | None:
+    """The hub's commit of a ``datasets.Dataset``: its cache folder is named so. None for other sources."""
+    names = {Path(file["filename"]).parent.name for file in getattr(rows, "cache_files", None) or ()}
+    commits = {name for name in names if re.fullmatch("[0-9a-f]{40}", name)}
+    return commits.pop() if len(commits) == 1 else None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -300,13 +372,20 @@ def load_set(
     folder, named = data_folder(data_dir)
     paths = _paths(found, folder, wanted, configs) if folder else {}
     missing = [s for s in required if not paths.get(s)]
+    seen = _READING.get() or Reading()
+    revision = seen.revisions.get(name, seen.every)
     if not missing:
+        if revision and found.hub_id:
+            raise UserError(f"revision {revision!r} of {found.hub_id} was asked for, and the set lies in {folder}", where=name,
+                            hint="A folder's files have no hub revision: leave --revision out, or name another folder with --data-dir.")
+        if _READING.get():
+            seen.files.setdefault(name, {}).update({str(f.relative_to(folder)): sha256_file(f) for files in paths.values() for f in files})
         rows = {split: _read(found, files) for split, files in paths.items() if files}
         rows = {split: _only(found, r, config) for split, r in rows.items()}
     elif named or not _on_hub(found):
         raise _absent(found, missing, folder, named)
     else:
-        rows = _from_hub(found, [s for s in wanted if s in required], configs)
+        rows = _from_hub(replace(found, revision=revision or found.revision), [s for s in wanted if s in required], configs)
     for split, r in rows.items():
         if not r:
             raise UserError("no rows", where=f"{name}/{split}", hint=_how_to_get(found, folder))
@@ -415,11 +494,13 @@ def _hub_rows(s: DataSet, config: str | None, split: str) -> list[Row]:
 
     try:
         try:
-            return list(datasets.load_dataset(s.hub_id, config, revision=s.revision, split=split))
+            rows = datasets.load_dataset(s.hub_id, config, revision=s.revision, split=split)
         except RuntimeError as error:  # a repository with a loading script, which is not run: the hub's own conversion of it
-            if "no longer supported" not in str(error):
+            if "no longer supported" not in str(error) or s.revision:
                 raise
-            return list(datasets.load_dataset(s.hub_id, data_dir=config or "default", revision="refs/convert/parquet", split=split))
+            rows = datasets.load_dataset(s.hub_id, data_dir=config or "default", revision="refs/convert/parquet", split=split)
+        _note_commit(s.name, hub_commit(rows))
+        return list(rows)
     except Exception as error:  # the library raises a dozen kinds: network, gate, script, configuration
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -439,7 +520,13 @@ def _jmmlu_from_hub(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
         raise UserError(
             f"JMMLU.zip could not be loaded from the hub: {reason}", where=s.hub_id, hint=_how_to_get(s, None)
         ) from error
+    _note_commit(s.name, Path(archive).parent.name)  # …/snapshots/<commit>/JMMLU.zip
     return data_files.jmmlu_zip_rows(Path(archive), configs)
+
+
+def _note_commit(name: str, commit: str | None) -> None:
+    if seen := _READING.get():
+        seen.commits.setdefault(name, set()).update({commit} if commit else ())
 
 
 def _wmt20_from_sacrebleu(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
@@ -449,6 +536,8 @@ def _wmt20_from_sacrebleu(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
     for pair in configs:
         try:
             paths = [Path(get_source_file("wmt20", pair)), Path(get_reference_files("wmt20", pair)[0])]
+            if seen := _READING.get():
+                seen.elsewhere["wmt20"] = "sacrebleu"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"sacrebleu could not fetch WMT20: {reason}", where=pair, hint=_how_to_get(s, None)) from error

@@ -21,6 +21,7 @@ class Answer:
     Attributes:
         finished: ``stop``, ``length`` or ``context``; the last two are truncated answers.
         seconds: from admission to the last token, in a batch with other answers.
+        ties: picks whose lead on the runner-up was below 0.01 nats.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Answer:
     score: float
     finished: str
     seconds: float
+    ties: int = 0
 
 
 def domain_answers(
@@ -60,7 +62,7 @@ def domain_answers(
     for s, g in zip(samples, generated, strict=True):
         text = engine.detokenize(g.ids).strip()
         points = score(scoring, text, s.completion)
-        answers.append(Answer(s.id, s.document, s.kind, text, s.completion, points, g.finished, g.seconds))
+        answers.append(Answer(s.id, s.document, s.kind, text, s.completion, points, g.finished, g.seconds, g.ties()))
     return answers
 
 
@@ -68,8 +70,8 @@ def summarize(answers: Sequence[Answer]) -> dict:
     """JSON-ready means over all answers and over each kind.
 
     Returns:
-        ``{"n", "documents", "mean", "stderr", "truncated", "kinds": {kind: the same}}``; ``truncated`` is the share
-        of answers that did not end by themselves, ``stderr`` clusters by document. ``kinds`` is empty where all
+        ``{"n", "documents", "mean", "stderr", "truncated", "ties", "kinds": {kind: the same}}``; ``truncated`` is the share
+        of answers that did not end by themselves, ``ties`` the answers with a near-tie, ``stderr`` clusters by document. ``kinds`` is empty where all
         answers are of one kind.
     """
 
@@ -80,6 +82,7 @@ def summarize(answers: Sequence[Answer]) -> dict:
             "mean": float(np.mean([a.score for a in part])),
             "stderr": clustered_stderr([a.score for a in part], [a.document for a in part]),
             "truncated": sum(a.finished != "stop" for a in part) / len(part),
+            "ties": sum(a.ties > 0 for a in part),
         }
 
     kinds = sorted({a.kind for a in answers})

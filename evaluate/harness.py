@@ -59,6 +59,8 @@ class TsugikiGGUF(TemplateLM):
     Attributes:
         truncated: (task, document) whose answer was ended by its limit or the context, or whose prompt was cut.
         cut: (task, document) whose prompt was cut.
+        ties: (task, document) → picks of its greedy answer whose lead on the runner-up was below 0.01 nats: there, another
+            machine or another batch may answer otherwise. Sampled answers have none.
 
     Raises:
         UserError: a file that cannot be opened, a tokenizer with other ids, an unknown option.
@@ -97,6 +99,7 @@ class TsugikiGGUF(TemplateLM):
         self.cache = Path(cache) if cache else None
         self.truncated: dict[tuple[str | None, int | None], bool] = {}
         self.cut: set[tuple[str | None, int | None]] = set()
+        self.ties: dict[tuple[str | None, int | None], int] = {}
         self._bos = self.adds_bos  # the policy of the request being encoded
         self._ids = lru_cache(maxsize=64)(self._encode)  # the options of a question share their context
 
@@ -261,6 +264,8 @@ class TsugikiGGUF(TemplateLM):
                 for i, generation in zip(members, found, strict=True):
                     answers[i] = self._text(generation, options[i]["until"])
                     self._note(requests[i], generation, options[i]["new"])
+                    if not temperature:
+                        self.ties[_key(requests[i])] = self.ties.get(_key(requests[i]), 0) + generation.ties()
                     if not temperature:
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers

@@ -277,7 +277,7 @@ def run_benchmarks(
 
     Written below ``out``, one folder a model (:func:`model_folder`): ``results_<date>.json`` and
     ``samples_<task>_<date>.jsonl`` in lm-eval's own layout, ``items-<task>.jsonl`` with one row an item (``id``,
-    ``document``, ``score`` of the main metric, ``unparsed``, ``truncated``, ``text`` of a generated answer), and the
+    ``document``, ``score`` of the main metric, ``unparsed``, ``truncated``, ``ties``, ``text`` of a generated answer), and the
     finished requests, so that a run that was killed goes on where it was.
 
     Args:
@@ -287,8 +287,9 @@ def run_benchmarks(
         say: called with a sentence a task and model.
 
     Returns:
-        One row a model, task and metric: ``model, task, name, metric, main, value, stderr, n, unparsed, truncated,
-        settings``; rates are shares of items, None where they cannot be known.
+        One row a model, task and metric: ``model, task, name, metric, main, value, stderr, n, unparsed, truncated, ties,
+        settings``; rates are shares of items, None where they cannot be known; ``ties`` are the greedy answers in which a
+        pick led by less than 0.01 nats, so that another machine or batch may answer otherwise.
 
     Raises:
         UserError: a model that cannot run a task (nothing has been computed then).
@@ -311,7 +312,7 @@ def run_benchmarks(
                     rows += new
                     parts.append((benchmark, found))
                     say(_sentence(new, time.monotonic() - began))
-                _write_lm_eval(folder, model, lm, parts, settings)
+                _write_lm_eval(folder, model, lm, parts, [r for r in rows if r["model"] == model.name], settings)
     return rows
 
 
@@ -374,6 +375,8 @@ def score_rows(model: Model, benchmark: Benchmark, found: dict, lm, settings: Be
     samples = [(m, s) for m in benchmark.tasks for s in found["samples"][m] if s["filter"] == main.partition(",")[2]]
     items = _items(samples, main.partition(",")[0], benchmark, lm)
     truncated = _rate([i["truncated"] for i in items])
+    greedy = [i["ties"] > 0 for i in items if i["ties"] is not None]
+    ties = sum(greedy) if greedy else None
     extracted: dict[str, list] = {}  # each filter reads answers in its own way, and fails on others
     for member in benchmark.tasks:
         for s in found["samples"][member]:
@@ -390,7 +393,7 @@ def score_rows(model: Model, benchmark: Benchmark, found: dict, lm, settings: Be
         if key == main and documents and math.isclose(float(np.mean(scores)), value, abs_tol=1e-9):
             stderr = clustered_stderr(scores, documents)  # lm-eval's takes every item for one of its own
         if isinstance(value, (int, float)) and math.isfinite(value):
-            rates = {"unparsed": _rate(extracted.get(by, [])), "truncated": truncated}
+            rates = {"unparsed": _rate(extracted.get(by, [])), "truncated": truncated, "ties": ties}
             rows.append({
                 "model": model.name, "task": benchmark.law_task + (f"[:{settings.limit}]" if settings.limit else ""), "name": name,
                 "metric": metric if key == main else key, "main": key == main, "value": float(value),
@@ -430,6 +433,7 @@ def _items(samples: Sequence[tuple[str, dict]], metric: str, benchmark: Benchmar
             "score": float(score) if isinstance(score, (int, float, np.number)) and math.isfinite(score) else None,
             "unparsed": _unparsed(sample, benchmark.metadata.get("unparsed_metric")),
             "truncated": lm.truncated.get((task, sample["doc_id"]), False) if hasattr(lm, "truncated") else None,
+            "ties": lm.ties.get((task, sample["doc_id"])) if hasattr(lm, "ties") else None,
         }  # fmt: skip
         first = sample["resps"][0][0] if sample["resps"] and sample["resps"][0] else None
         items.append(item | ({"text": first} if isinstance(first, str) else {}))
@@ -459,7 +463,7 @@ def _how(model: Model, benchmark: Benchmark, found: dict, lm, settings: Benchmar
         "task": benchmark.name, "version": meta.get("version"), "shots": meta.get("shots", config.num_fewshot),
         "shots_seed": shot_seed(benchmark.tasks[first], meta), "bos": benchmark.policies[first], "stop": generation.get("until"),
         "max_new_tokens": generation.get("max_gen_toks"), "normaliser": meta.get("normaliser"),
-        "data": meta.get("hub_id") or config.dataset_path, "data_revision": meta.get("revision"), "licence": meta.get("licence"),
+        "data": benchmark.data(), "licence": meta.get("licence"),
         "prompts_cut": None if cut is None else len({(m, s["doc_id"]) for m in benchmark.tasks for s in found["samples"][m]} & cut),
         "tokenizer": str(getattr(lm, "tokenizer_source", "transformers")), "chat": settings.chat, "limit": settings.limit,
         "engine": "llama.cpp" if model.is_gguf else "transformers", "lm_eval": importlib.metadata.version("lm_eval"),
@@ -487,7 +491,9 @@ def _sentence(rows: Sequence[dict], seconds: float) -> str:
 # --- lm-eval's own files ----------------------------------------------------------------------------------------
 
 
-def _write_lm_eval(folder: Path, model: Model, lm, parts: Sequence[tuple[Benchmark, dict]], settings: BenchmarkSettings) -> None:
+def _write_lm_eval(
+    folder: Path, model: Model, lm, parts: Sequence[tuple[Benchmark, dict]], rows: Sequence[dict], settings: BenchmarkSettings
+) -> None:
     """``results_<date>.json`` and ``samples_<task>_<date>.jsonl`` as lm-eval 0.4.13's own tracker writes them."""
     from lm_eval.loggers import EvaluationTracker
 
@@ -512,6 +518,9 @@ def _write_lm_eval(folder: Path, model: Model, lm, parts: Sequence[tuple[Benchma
     }  # fmt: skip
     if hasattr(lm, "get_model_info"):
         results["config"] |= lm.get_model_info()
+    results["tsugiki"] = {  # what lm-eval's layout has no place for: data, rates and ties of each task
+        b.name: next((r["settings"] for r in rows if r["main"] and r["name"] == b.name), {}) for b, _ in parts
+    }
     results["date"], results["lm_eval_version"] = time.time(), importlib.metadata.version("lm_eval")
     tracker.save_results_aggregated(results=results, samples=samples)
     for name, rows in samples.items():

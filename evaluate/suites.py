@@ -2,7 +2,8 @@
 
 Every task is an ordinary lm-eval task; the bundled ones are in ``tasks/``. What this kit reads of a task beside lm-eval's
 own fields stands in its ``metadata``: ``suite``, ``law_task`` (its name in the scaling tables), ``bos``,
-``main_metric``, ``unparsed_metric``, ``hub_id``, ``revision``, ``licence``, ``normaliser``, ``seed`` (of the shots).
+``main_metric``, ``unparsed_metric``, ``licence``, ``normaliser``, ``seed`` (of the shots), ``family`` (of a task in no
+suite), and where its data lives: ``hub_id`` and ``revision`` on the hub, ``github`` and ``commit`` at its publisher's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tsugiki.errors import UserError, raise_problems
 TASKS = Path(__file__).parent / "tasks"
 SUITES = ("culture", "neutral", "saito19", "domain")
 SHOT_SEED = 1234  # lm-eval's default
-
+NOT_ON_THE_HUB = (None, "json", "csv", "parquet", "text")  # a task's dataset_path that is a file format
 
 
 def task_files(folder: Path) -> dict[str, dict]:
@@ -97,12 +98,26 @@ class Benchmark:
         name: as chosen; for a YAML file the task's name.
         metadata: the task's or group's.
         tasks, groups: lm-eval's objects by name.
+        read: which data was read (:meth:`data`).
     """
 
     name: str
     metadata: dict
     tasks: dict[str, Any]
     groups: dict[str, Any]
+    read: list[dict] = field(default_factory=list)
+
+    def data(self) -> dict[str, Any]:
+        """Where the data lives, and which of it was read: JSON-ready.
+
+        Returns:
+            ``hub_id`` and ``revision`` (the hub's; ``not pinned`` where the task names none), ``github`` and ``commit`` (the
+            publisher's repository, where there is one), ``read``: one row a set, see :meth:`tsugiki.evaluate.data.Reading.rows`.
+        """
+        meta = self.metadata
+        hub_id = meta["hub_id"] if "hub_id" in meta else next(iter(self.tasks.values())).config.dataset_path
+        where = {"hub_id": hub_id, "revision": (meta.get("revision") or "not pinned") if hub_id else None}
+        return where | {"github": meta.get("github"), "commit": meta.get("commit"), "read": self.read}
 
     @property
     def law_task(self) -> str:
@@ -125,7 +140,12 @@ class Benchmark:
 
 
 def load_benchmarks(
-    suites: Sequence[str], names: Sequence[str] = (), *, include: Sequence[Path] = (), allow_code: bool = False
+    suites: Sequence[str],
+    names: Sequence[str] = (),
+    *,
+    include: Sequence[Path] = (),
+    allow_code: bool = False,
+    revisions: Mapping[str, str] | None = None,
 ) -> tuple[list[Benchmark], dict[str, str]]:
     """Choose tasks and load their data.
 
@@ -134,6 +154,7 @@ def load_benchmarks(
         names: further tasks: bundled, from ``include``, lm-eval's built-in ones, or YAML files.
         include: folders with task YAMLs of the user's.
         allow_code: tasks that run model-written code are wanted.
+        revisions: task → the hub revision of its data (a commit, a tag or a branch).
 
     Returns:
         the benchmarks, and task → sentence for those of the suites whose data is not there (or that would run code).
@@ -154,15 +175,18 @@ def load_benchmarks(
         bundled = "none" if not files else ", ".join(files)
         raise UserError("no task was chosen", hint=f"Give --suite {'|'.join(SUITES)}|all or --tasks; bundled or included: {bundled}.")
     with quiet():
-        return _load_all(chosen, named, files, include, allow_code)
+        return _load_all(chosen, named, files, include, allow_code, dict(revisions or {}))
 
 
-def _load_all(chosen: list[str], named: list[str], files: Mapping[str, dict], include: Sequence[Path], allow_code: bool):
+def _load_all(
+    chosen: list[str], named: list[str], files: Mapping[str, dict], include: Sequence[Path], allow_code: bool, revisions: dict[str, str]
+):
     manager = _manager(files, named, include)
-    found, missing, problems = [], {}, []
+    found, missing = [], {}
+    problems = [f"--revision {name}: this task was not chosen" for name in revisions if name not in (*chosen, *named)]
     for name in (*chosen, *named):
         try:
-            loaded = _load(manager, name, files)
+            loaded = _load(manager, name, files, revisions.get(name))
             unsafe = [t for b in loaded for t in b.tasks.values() if getattr(t, "UNSAFE_CODE", False)]
             if unsafe and not allow_code:
                 raise _NotHere(f"{name} runs code that the model writes: it needs --allow-code, and then runs it in a sandbox")
@@ -237,9 +261,11 @@ def _members(config: Mapping) -> list:
     return [members] if isinstance(members, str) else [m.get("task", m) if isinstance(m, dict) else m for m in members]
 
 
-def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
+def _load(manager, name: str, files: Mapping[str, dict], revision: str | None = None) -> list[Benchmark]:
     from datasets.exceptions import DatasetNotFoundError
     from jinja2 import TemplateError
+
+    from tsugiki.evaluate.data import reading
 
     where = str(files[name]["_path"]) if name in files else name
     if name.endswith((".yaml", ".yml")):
@@ -249,7 +275,8 @@ def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
         _read_task(Path(name), problems)
         raise_problems(problems, what="Task files")
     try:
-        loaded = manager.load([name])
+        with reading(every=revision) as read:
+            loaded = manager.load([_pinned(manager, name, revision) if revision else name])
         for task in loaded["tasks"].values():
             draw_shots_anew(task, files.get(name, {}).get("metadata"))
             task.build_all_requests(limit=1)
@@ -267,15 +294,44 @@ def _load(manager, name: str, files: Mapping[str, dict]) -> list[Benchmark]:
         raise UserError(f"{name} is no task that lm-eval can build: {type(error).__name__}: {first_line(error)}", where=where) from error
     tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
     if name in groups and groups[name].has_aggregation:
-        benchmarks = [Benchmark(name, dict(files.get(name, {}).get("metadata") or groups[name].metadata or {}), tasks, groups)]
+        metadata = dict(files.get(name, {}).get("metadata") or groups[name].metadata or {})
+        benchmarks = [Benchmark(name, metadata, tasks, groups, read.rows() + _read_by_lm_eval(tasks))]
     else:  # a task, or a tag or group without a score of its own: its tasks one by one
-        benchmarks = [Benchmark(n, dict(t.config.metadata or {}), {n: t}, {}) for n, t in tasks.items()]
+        benchmarks = [
+            Benchmark(n, dict(t.config.metadata or {}), {n: t}, {}, read.rows() + _read_by_lm_eval({n: t})) for n, t in tasks.items()
+        ]
     for benchmark in benchmarks:
         wanted = str(benchmark.metadata.get("main_metric") or "").partition(",")[0]
         known = sorted({m for t in benchmark.tasks.values() for m in t.aggregation()})
         if wanted and wanted not in known:
             raise UserError(f"{benchmark.name}: main_metric is {wanted!r}, the task has {', '.join(known)}", where=where)
     return benchmarks
+
+
+def _pinned(manager, name: str, revision: str) -> str | dict[str, Any]:
+    """A task with its hub revision. Ours read it from :func:`tsugiki.evaluate.data.reading`, others load it themselves."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else getattr(manager.task_index.get(name), "yaml_path", None)
+    config = load_yaml(path) if path else {}
+    if config.get("custom_dataset"):
+        return name
+    if not isinstance(config.get("task"), str) or config.get("dataset_path") in NOT_ON_THE_HUB:
+        raise UserError("it loads no data set of the hub by itself", hint="--revision takes single tasks whose data is on the hub.")
+    return config | {"dataset_kwargs": {**(config.get("dataset_kwargs") or {}), "revision": revision}}
+
+
+def _read_by_lm_eval(tasks: Mapping[str, Any]) -> list[dict]:
+    """The hub's commit of what lm-eval loaded by itself, a row a data set; None where it is not to be known."""
+    from tsugiki.evaluate.data import hub_commit
+
+    rows = {}
+    for task in tasks.values():
+        path = task.config.dataset_path
+        if not task.config.custom_dataset and path not in NOT_ON_THE_HUB:
+            commits = {hub_commit(part) for part in dict(task.dataset).values()} if task.dataset else set()
+            rows[path] = {"set": path, "from": "hub", "hub_id": path, "revision": commits.pop() if len(commits) == 1 else None}
+    return list(rows.values())
 
 
 def first_line(error: Exception) -> str:

@@ -30,9 +30,11 @@ from tsugiki.samples import EncodedSample, read_encoded
 
 EXAMPLES_PER_KIND = 3
 FAMILIES = ("domain", "culture", "neutral")
-# Chosen by measurement for a base of 6M parameters: scores that are not all 0 (exact answers are), and for each of the
-# seven files 3 to 9 s of one core on 50 items.
-QUICK = ("tsugiki_saito_jemhopqa", "tsugiki_saito_niilc", "tsugiki_saito_xwino")
+# Chosen by measurement on a base of 6M parameters. It answers none of the papers' tasks (0, or chance), so that their
+# scores cannot fall; the probabilities of the right answers can, and base and adapted model differ clearly on all six
+# after 100 items and 3 to 4 s a file. JEMHopQA is the one score that is not 0 throughout.
+QUICK = ("tsugiki_saito_jemhopqa", "tsugiki_likelihood_niilc", "tsugiki_likelihood_jemhopqa", "tsugiki_likelihood_jmmlu_culture",
+         "tsugiki_likelihood_jcommonsenseqa", "tsugiki_likelihood_mgsm_ja", "tsugiki_likelihood_xwinograd_ja")  # fmt: skip
 CULTURE = ("niilc", "niilcqa", "jemhopqa", "jmmlu_part", "jaqket")  # what the papers call so, by their tasks' names
 NEUTRAL = ("mgsm_ja", "mgsm_en", "jmmlu", "mmlu", "mmlu_prox_ja", "mmlu_prox_en", "gsm8k", "bbh", "jcom", "openbookqa", "hellaswag",
            "xwino", "humaneval", "jhumaneval")  # fmt: skip
@@ -44,7 +46,7 @@ class BenchmarkChoice:
 
     tasks: tuple[str, ...] = field(default=QUICK, metadata={"help": "tasks measured where their data is at hand; [] for none"})
     suites: tuple[str, ...] = field(default=(), metadata={"help": "whole suites: culture, neutral, saito19, domain or all"})
-    limit: int = field(default=50, metadata={"help": "items of each task, the first ones; 0: all"})
+    limit: int = field(default=100, metadata={"help": "items of each task, the first ones; 0: all"})
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -172,7 +174,7 @@ def _rows(model: str, domain: Domain, answers: list[Answer]) -> list[dict]:
     return [
         {
             "model": model, "task": task, "metric": domain.scoring, "value": part["mean"], "stderr": part["stderr"],
-            "n": part["n"], "unparsed": 0.0, "truncated": part["truncated"],
+            "n": part["n"], "unparsed": 0.0, "truncated": part["truncated"], "ties": part["ties"],
         }
         for task, part in groups.items()
     ]
@@ -214,7 +216,7 @@ def measure_benchmarks(
     folder, named = data_folder(data_dir)
     if folder is None and not choice.suites:
         why = "there is no folder of benchmark data (--data-dir, TSUGIKI_DATA, or ../shared/data)"
-        return {"rows": [], "changes": [], "not_measured": [{"task": task, "why": why} for task in choice.tasks]}
+        return {"rows": [], "changes": [], "not_measured": [{"task": task, "why": f"{why}. {_source(task)}"} for task in choice.tasks]}
     from tsugiki.evaluate.run import BenchmarkSettings, items_path, run_benchmarks, run_models
     from tsugiki.evaluate.suites import load_benchmarks
 
@@ -230,7 +232,7 @@ def measure_benchmarks(
                 try:
                     loaded += load_benchmarks((), (task,))[0]
                 except UserError as error:
-                    missing.append({"task": task, "why": _brief(str(error))})
+                    missing.append({"task": task, "why": f"{_brief(str(error))}. {_source(task)}"})
     run = f"{run_dir.parent.name}/{run_dir.name}"
     models = run_models(run_dir.parent.parent, run, tokenizer=tokenizer)
     settings = BenchmarkSettings(limit=choice.limit or None)
@@ -241,7 +243,7 @@ def measure_benchmarks(
         by_model = {r["model"].removeprefix(f"{run}/"): r for r in scored if r["main"] and r["name"] == benchmark.name}
         kept = {name: read_items(items_path(out, r["model"], benchmark.name)) for name, r in by_model.items()}
         rows += [
-            {"model": name, "family": family, **{k: r[k] for k in ("task", "name", "metric", "value", "stderr", "n", "unparsed", "truncated")}}
+            {"model": name, "family": family, **{k: r[k] for k in ("task", "name", "metric", "value", "stderr", "n", "unparsed", "truncated", "ties")}}
             for name, r in by_model.items()
         ]
         for name, row in by_model.items():
@@ -251,6 +253,16 @@ def measure_benchmarks(
                 changes.append(common | _change(kept[before], kept[name], by_model[before], row))
     missing += unfit
     return {"rows": rows, "changes": changes, "not_measured": missing}
+
+
+def _source(task: str) -> str:
+    """Where the data of a bundled task is had, and under which licence."""
+    from tsugiki.evaluate.suites import TASKS, task_files
+
+    meta = task_files(TASKS).get(task, {}).get("metadata") or {}
+    places = [f"github.com/{meta['github']}, commit {meta['commit']}" if meta.get("github") else "",
+              f"huggingface.co/datasets/{meta['hub_id']}" if meta.get("hub_id") else ""]
+    return f"Its data: {' or '.join(filter(None, places))} ({meta.get('licence')})." if any(places) else ""
 
 
 def _one_by_one(loaded: Sequence[Any], run: Callable[[Sequence[Any]], list[dict]]) -> tuple[list[dict], list[dict]]:
@@ -276,9 +288,9 @@ def _change(before: list[Item], after: list[Item], was: dict, now: dict) -> dict
 
 
 def family_of(metadata: Mapping[str, Any], task: str) -> str:
-    """``culture``, ``neutral`` or ``domain`` by a task's suites, else by its name; ``other`` for what is in none."""
+    """``culture``, ``neutral`` or ``domain`` by a task's suites or ``family``, else by its name; ``other`` for what is in none."""
     suites = metadata.get("suite") or []
-    suites = [suites] if isinstance(suites, str) else suites
+    suites = [*([suites] if isinstance(suites, str) else suites), metadata.get("family")]
     named = next((f for f in ("culture", "neutral", "domain") if f in suites), "")
     return named or ("culture" if task in CULTURE else "neutral" if task in NEUTRAL else "other")
 

@@ -146,6 +146,7 @@ def evaluate_run(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the base whose Hugging Face tokenizer encodes for GGUF files; else their own.", show_default=False)] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a GGUF on the GPU; else all, where there is one.", show_default=False)] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Run the code that models write (HumanEval, JHumanEval), in a sandbox.")] = False,
+    revision: Annotated[list[str] | None, typer.Option(help="TASK=REV: a task's data at this revision of the hub (a commit, tag or branch), else the newest; may be repeated.", show_default=False)] = None,
 ) -> None:
     """Score models on the papers' benchmarks, by lm-eval. Finished requests are kept; run again to go on."""
     import os
@@ -159,7 +160,9 @@ def evaluate_run(
     settings = BenchmarkSettings(limit=limit, context=context, truncate=truncate, chat=chat, allow_code=allow_code, n_gpu_layers=gpu_layers)
     chosen = find_models(models, runs=runs, bases=load_bases(BASES), tokenizer=tokenizer)
     named = [t.strip() for t in tasks.split(",") if t.strip()]
-    benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), allow_code=allow_code)
+    pinned = dict(r.partition("=")[::2] for r in revision or ())
+    raise_problems([f"{name!r}" for name, rev in pinned.items() if not name or not rev], what="--revision", hint="Write TASK=REV.")
+    benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), allow_code=allow_code, revisions=pinned)
     out = out or runs / "benchmarks"
     rows = run_benchmarks(chosen, benchmarks, settings, out=out, results=runs / "results.sqlite", say=lambda text: console.print(escape(text)))
     show_benchmarks(rows, missing, limit)
@@ -177,8 +180,9 @@ def data_list() -> None:
 
     table = plain_table("Benchmark data", "name", "rows", "licence", "from")
     for s in SETS.values():
-        hub = f"{s.hub_id} ({s.config})" if s.hub_id and s.config else s.hub_id
-        source = f"{hub}, {s.revision or 'newest revision'}" if hub else s.url
+        hub = f"hub: {s.hub_id}{f' ({s.config})' if s.config else ''}, revision {s.revision or 'not pinned'}" if s.hub_id else ""
+        publisher = "GitHub: {} at {}".format(*s.published) if s.published else "" if s.hub_id else s.url
+        source = "\n".join(filter(None, (publisher, hub)))
         licence = s.licence if s.redistributable else f"{s.licence}. Not to be passed on changed."
         table.add_row(s.name, ", ".join(f"{k} {n:,}" for k, n in s.counts.items()) or "–", escape(licence), escape(source))
     stdout().print(table)
@@ -236,10 +240,10 @@ def show_benchmarks(rows: list[dict], missing: dict[str, str], limit: int | None
         return "–" if value is None else f"{100 * value:.1f}"
 
     only = f"; only the first {limit} items of each task: a trial, not a score" if limit else ""
-    table = plain_table(f"Benchmarks{only}", "task, metric", "value", "± s.e.", "n", "unparsed %", "truncated %", numbers=True)
+    table = plain_table(f"Benchmarks{only}", "task, metric", "value", "± s.e.", "n", "unparsed %", "truncated %", "ties", numbers=True)
     table.columns[0].no_wrap = False  # a narrow terminal folds names, never numbers
     for column in table.columns[1:]:
-        column.min_width = max(6, len(str(column.header)))
+        column.min_width = max(5, len(str(column.header)))
     shown = [r for r in rows if r["metric"].partition(",")[0] != "unparsed"]
     for name, metric in dict.fromkeys((r["name"], r["metric"]) for r in shown):
         part = [r for r in shown if (r["name"], r["metric"]) == (name, metric)]
@@ -247,8 +251,10 @@ def show_benchmarks(rows: list[dict], missing: dict[str, str], limit: int | None
         table.add_row(escape(f"{name}, {metric}"), style="bold" if part[0]["main"] else "dim")
         for r in part:
             table.add_row(f"  {escape(r['model'])}", f"{r['value']:.3f}", "–" if r["stderr"] is None else f"{r['stderr']:.3f}",
-                          f"{r['n']:,}", percent(r["unparsed"]), percent(r["truncated"]), style=style)
+                          f"{r['n']:,}", percent(r["unparsed"]), percent(r["truncated"]), "–" if r["ties"] is None else str(r["ties"]), style=style)
     stdout().print(table)
+    if any(r["ties"] for r in shown):
+        stdout().print("Ties: answers in which two tokens lay within 0.01 nats; on another machine they may read otherwise.")
     for name, why in missing.items():
         console.print(f"[yellow]Not run:[/] {escape(why if why.startswith(name) else f'{name}: {why}')}")
 

@@ -61,6 +61,7 @@ STAGE_NAMES: dict[str, tuple[str, str]] = {
 SCORE_NAMES: dict[str, tuple[str, str]] = {
     "exact_match": ("正答率", "Exact match"),
     "char_f1": ("文字F1", "Character F1"),
+    "log2_probability": ("正答の対数確率（ビット／文字）", "log-probability of the right answer, bits a character"),
 }
 VERDICT_NAMES: dict[str, tuple[str, str]] = {
     "reference": ("基準", "reference"),
@@ -85,6 +86,10 @@ TASK_NAMES: dict[str, tuple[str, str]] = {
     "mgsm_ja": ("MGSM（日本語）", "Japanese MGSM"),
     "xwino": ("XWINO（英語）", "English XWINO"),
     "lawqa_jp": ("lawqa_jp（法律の四択）", "lawqa_jp, legal questions"),
+    **{f"tsugiki_likelihood_{key}": (f"{ja}の正答", f"{en}, right answers") for key, ja, en in (
+        ("niilc", "NIILC", "NIILC"), ("jemhopqa", "JEMHopQA", "JEMHopQA"), ("jmmlu_culture", "JMMLU（日本文化）", "JMMLU (culture)"),
+        ("jcommonsenseqa", "JCommonsenseQA", "JCommonsenseQA"), ("mgsm_ja", "MGSM（日本語）", "Japanese MGSM"),
+        ("xwinograd_ja", "XWINO（日本語）", "Japanese XWINO"))},
 }
 PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
 
@@ -118,7 +123,7 @@ def render(run_dir: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, size=_size, count=_count, plain=_plain)
+    environment.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, score=_score, size=_size, count=_count, plain=_plain)
     environment.filters.update(share=_share, reason_ja=reason_ja, visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
     return environment.get_template("report.html").render(**view, embedded=embed_json(_chart_data(view)))
 
@@ -280,8 +285,8 @@ def _gains(evaluated: dict[str, Any], check: dict[str, Any], domain: str, title:
 
     Returns:
         ``groups``: a task each, the domain's own first, with every model's value and step (a paired difference);
-        ``gained``, ``forgotten`` (steps of the adaptation), ``taken`` (steps of the recommended level), ``blind`` (tasks
-        on which every model scores 0), ``benchmarks`` and ``seen`` (there are tasks outside the domain; one on which
+        ``gained``, ``forgotten`` (steps of the adaptation), ``taken`` (steps of the recommended level), ``units`` (``points`` of a
+        share, ``bits`` a character; a group and a step has its ``unit``), ``blind`` (tasks on which every model scores 0), ``benchmarks`` and ``seen`` (there are tasks outside the domain; one on which
         something can be seen), ``level``, ``models`` and ``not_measured``. Empty where
         nothing was compared.
     """
@@ -301,9 +306,10 @@ def _gains(evaluated: dict[str, Any], check: dict[str, Any], domain: str, title:
              "metric": SCORE_NAMES.get(step["metric"], (step["metric"], step["metric"])), "n": step.get("n") or 0, "limited": bool(limited),
              "values": {}, "steps": []},
         )  # fmt: skip
+        group["unit"] = "bits" if step["metric"] == "log2_probability" else "points"
         group["values"].setdefault(step["from"], step["before"])
         group["values"][step["to"]] = step["after"]
-        group["steps"].append({**step, "ja": ja, "en": en})
+        group["steps"].append({**step, "ja": ja, "en": en, "unit": group["unit"]})
     adapted = [s for g in groups.values() for s in g["steps"] if s["to"] == "adapted"]
     models = list(dict.fromkeys(m for g in groups.values() for m in g["values"]))
     return {
@@ -313,6 +319,7 @@ def _gains(evaluated: dict[str, Any], check: dict[str, Any], domain: str, title:
         "gained": [s for s in adapted if s["change"] == "gained"],
         "forgotten": [s for s in adapted if s["change"] == "lost"],
         "taken": [s for g in groups.values() for s in g["steps"] if s["to"] == level and s["change"] == "lost"],
+        "units": list(dict.fromkeys(g["unit"] for g in groups.values())),
         "quantized": any(s["to"] == level for g in groups.values() for s in g["steps"]),
         "blind": [g for g in groups.values() if not any(g["values"].values())],
         "benchmarks": any(s["family"] != "domain" or "name" in s for s in steps),
@@ -482,9 +489,14 @@ def _pct(value: Any, digits: int = 1) -> str:
     return NONE if _absent(value) else f"{100 * value:.{digits}f}%"
 
 
-def _points(value: Any) -> str:
-    """A difference of shares in percentage points."""
-    return NONE if _absent(value) else f"{100 * value:+.1f}".replace("-", "−")
+def _points(value: Any, unit: str = "points") -> str:
+    """A difference: of shares in percentage points, of log-probabilities in bits."""
+    return NONE if _absent(value) else (f"{value:+.2f}" if unit == "bits" else f"{100 * value:+.1f}").replace("-", "−")
+
+
+def _score(value: Any, unit: str) -> str:
+    """A score: a share as a percentage, a log-probability as bits."""
+    return _num(value, 2) if unit == "bits" else _pct(value)
 
 
 def _size(value: Any) -> str:

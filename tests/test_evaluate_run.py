@@ -185,7 +185,8 @@ def test_a_score_is_kept_in_lm_evals_layout_and_in_the_results_table(tsugiki_, t
     row = rows["jmmlu", "acc"]
     assert row["value"] == kept["results"]["try_options"]["acc,none"] and row["n"] == 10 and row["model"] == "base"
     said = row["settings"]
-    assert (said["shots"], said["shots_seed"], said["bos"], said["data_revision"], said["limit"], said["prompts_cut"]) == (2, 1234, "never", "abc", None, 0)
+    assert (said["shots"], said["shots_seed"], said["bos"], said["limit"], said["prompts_cut"]) == (2, 1234, "never", None, 0)
+    assert said["data"] == {"hub_id": "me/mine", "revision": "abc", "github": None, "commit": None, "read": []}
     answers = rows["try_answers", "exact_match"]["settings"]
     assert answers["stop"] == ["。", "\n"] and answers["max_new_tokens"] == 9 and 0 <= answers["truncated"] <= 1
 
@@ -220,6 +221,55 @@ def test_unparsed_and_truncated_answers_are_counted(tsugiki_, tasks, gguf, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     longest = [len(tokenizer(i["text"], add_special_tokens=False)["input_ids"]) for i in items]
     assert all(i["truncated"] for i, n in zip(items, longest, strict=True) if n >= 9)
+
+
+def test_near_ties_of_greedy_answers_are_counted_shown_and_kept(tsugiki_, tasks, gguf, tmp_path):
+    """Answers of which some pick leads by less than 0.01 nats, by transformers' logits on the same ids."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, out, err = tsugiki_("evaluate", "run", gguf, "--tasks", "try_answers,try_options", "--include", tasks)
+    assert code == 0, err
+    items = {i["id"]: i for i in read_jsonl(items_path(tmp_path / "runs" / "benchmarks", "base", "try_answers"))}
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    for row in ROWS:
+        ids = tokenizer(f"問い：{row['question']}\n答え：", return_tensors="pt")["input_ids"]
+        leads = []
+        for _ in range(9):
+            with torch.no_grad():
+                best = model(ids).logits[0, -1].double().log_softmax(-1).topk(2)
+            leads.append(float(best.values[0] - best.values[1]))
+            ids = torch.cat([ids, best.indices[None, :1]], 1)
+        if min(abs(lead - 0.01) for lead in leads) > 0.005:  # F16 weights move a lead a little
+            assert items[row["id"]]["ties"] <= sum(lead < 0.01 for lead in leads)
+    said = read_json(next((tmp_path / "runs" / "benchmarks" / "base").glob("results_*.json")))["tsugiki"]
+    assert said["try_answers"]["ties"] == sum(i["ties"] > 0 for i in items.values())
+    assert said["try_options"]["ties"] is None  # nothing is picked there
+    assert "ties" in out
+
+
+@pytest.mark.parametrize(("lead", "ties"), [(0.0, 1), (0.5, 0)])
+def test_an_answer_whose_two_likeliest_tokens_are_equal_is_a_tie(lead, ties, tmp_path):
+    """A model whose output layer gives two tokens logits that differ by ``lead``, and 0 to all others."""
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsugiki.evaluate.harness import TsugikiGGUF
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(BASE)("油")["input_ids"]])
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        for token, logit in ((300, 8.0), (301, 8.0 - lead)):
+            model.lm_head.weight[token] = logit * hidden / hidden.norm() ** 2
+    shutil.copytree(BASE, tmp_path / "tied")
+    model.save_pretrained(tmp_path / "tied")
+    convert(tmp_path / "tied", tmp_path / "tied.gguf")
+    with TsugikiGGUF(tmp_path / "tied.gguf", tokenizer=BASE) as lm:
+        asked = ("油", {"until": [], "max_gen_toks": 1, "do_sample": False})
+        lm.generate_until([Instance("generate_until", {}, asked, 0, metadata=("t", 0, 1))], disable_tqdm=True)
+        assert lm.ties == {("t", 0): ties}
 
 
 def test_a_limited_run_says_so_everywhere(tsugiki_, tasks, gguf, tmp_path):

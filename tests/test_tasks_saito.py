@@ -696,4 +696,5 @@ def test_a_task_and_its_data_name_the_same_hub_set_and_licence(path):
     name = of.get(meta["law_task"], meta["law_task"]).removesuffix("_en_ja").removesuffix("_ja_en")
     assert meta["hub_id"] == SETS[name].hub_id
     assert meta["licence"].split(";")[0] == SETS[name].licence.split(";")[0]
-    assert meta["revision"] is None or meta["revision"] in SETS[name].url
+    assert meta["revision"] is None  # a revision is the hub's: none is pinned
+    assert SETS[name].published == ((meta["github"], meta["commit"]) if "github" in meta else None)

@@ -81,7 +81,7 @@ def specs() -> dict:
 
 def test_every_task_is_found_without_lm_evals_own():
     assert {n for n in manager().all_tasks if n.startswith(("tsugiki_takase", "tsugiki_flexeval", "tsugiki_lawqa"))} == {
-        *OURS, "tsugiki_takase_mgsm",
+        *OURS, "tsugiki_takase_mgsm", "tsugiki_takase_mgsm_1024",
     }  # fmt: skip
 
 
@@ -102,8 +102,10 @@ def test_every_task_says_where_it_comes_from_and_how_it_is_run(name):
     if config["output_type"] == "generate_until":
         kwargs = config["generation_kwargs"]
         assert kwargs["do_sample"] is False and kwargs["temperature"] == 0.0 and kwargs["until"] and kwargs["max_gen_toks"]
-    known = {s.hub_id for s in SETS.values()}
-    assert metadata["hub_id"] in known
+    by_hub = {(s.hub_id, s.published) for s in SETS.values()}
+    published = (metadata["github"], metadata["commit"]) if "github" in metadata else None
+    assert (metadata["hub_id"], published) in by_hub
+    assert metadata["revision"] is None  # a revision is the hub's: none is pinned
 
 
 FLEXEVAL_STYLE = ("tsugiki_takase_niilc", "tsugiki_takase_jmmlu", "tsugiki_takase_jaqket")
@@ -350,6 +352,22 @@ def test_mgsm_shots_are_drawn_anew_for_every_item_and_the_fast_variant_shares_it
 def test_mgsm_exemplars_lack_the_space_that_the_question_has():
     text = prompts("tsugiki_takase_mgsm_ja", 1)[0]
     assert text.count("問題：") == 7 and text.count("問題： ") == 1
+
+
+@pytest.mark.parametrize("language", sorted(docs_takase.MGSM_PROMPTS))
+def test_mgsm_has_a_variant_with_1024_tokens_in_every_language_that_differs_in_nothing_else(language):
+    short, long = (task(f"tsugiki_takase_mgsm_{language}{suffix}") for suffix in ("", "_1024"))
+    assert (short.config.generation_kwargs["max_gen_toks"], long.config.generation_kwargs["max_gen_toks"]) == (256, 1024)
+    assert short.config.generation_kwargs | {"max_gen_toks": 1024} == long.config.generation_kwargs
+    assert prompts(short, 3) == prompts(long, 3)
+    filters = [OURS[f"tsugiki_takase_mgsm_{language}"]["filter_list"], OURS[f"tsugiki_takase_mgsm_{language}_1024"]["filter_list"]]
+    assert filters[0] == filters[1] and [f["name"] for f in filters[1]] == ["strict-match", "flexible-extract"]
+
+
+def test_the_mgsm_groups_hold_all_eleven_languages():
+    for suffix in ("", "_1024"):
+        members = load_yaml(TASKS / f"takase_mgsm{suffix}.yaml", resolve_func=False)["task"]
+        assert sorted(members) == sorted(f"tsugiki_takase_mgsm_{la}{suffix}" for la in docs_takase.MGSM_PROMPTS)
 
 
 @pytest.mark.parametrize(
