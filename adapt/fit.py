@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import time
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 from tsugiki.adapt.loss import batch_loss
 from tsugiki.adapt.nll import completion_nll
 from tsugiki.adapt.plan import FOUR_BIT_FROM
+from tsugiki.adapt.processes import WholeBatches, agreed, process_count, shard
 from tsugiki.artifacts import read_json, write_json
 from tsugiki.chat import special_ids
 from tsugiki.errors import UserError, raise_problems
@@ -48,6 +51,11 @@ class FitSettings:
     dora: bool = field(default=False, metadata={"help": "learn each row's magnitude apart (DoRA); slower"})
     max_steps: int = field(default=0, metadata={"help": "optimizer steps, in place of epochs; 0: as many as the epochs have"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "minutes between checkpoints, from which a killed fit goes on; 0: none"})
+    processes: int = field(default=0, metadata={"help": "processes that train one point, on a GPU each where there are GPUs; 0: one, or as many as `accelerate launch` says"})
+    fsdp: bool | None = field(default=None, metadata={"help": "divide the base among the processes (FSDP, with an NF4 base FSDP-QLoRA); none: as `accelerate launch` says, else not"})
+    packing: bool | None = field(default=None, metadata={"help": "samples one after the other in place of padding, none of which sees another; none: where flash attention is"})
+    offload: bool = field(default=False, metadata={"help": "keep the checkpointed activations in main memory; needs a GPU and checkpointing"})
+    liger: bool = field(default=False, metadata={"help": "Liger's fused loss in place of our own, where liger-kernel is installed; needs a GPU"})
     report_to: str = field(default="auto", metadata={"help": "where curves are logged: tensorboard or wandb, none; auto: TensorBoard where it is installed"})
 
     def __post_init__(self) -> None:
@@ -65,6 +73,10 @@ class FitSettings:
                 ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
                 ("max_steps", self.max_steps >= 0, "at least 0"),
                 ("checkpoint_minutes", self.checkpoint_minutes >= 0, "at least 0"),
+                ("processes", self.processes >= 0 and self.batch_size % (self.processes or 1) == 0,
+                 f"a divisor of batch_size ({self.batch_size}), or 0"),
+                ("fsdp", not (self.fsdp and self.processes == 1), "left out where one process trains"),
+                ("offload", not (self.offload and (self.fsdp or self.checkpointing is False)), "left out with fsdp or without checkpointing"),
             )
             if not ok
         ]
@@ -103,6 +115,7 @@ class FitReport:
         resumed_at: the step of the checkpoint that the fit went on from; 0: it began anew.
         readings: ``(step, nats/token)`` of the probe; of a fit that was resumed, since then.
         stopped: the probe ended the fit before its last step.
+        gpu_peak: bytes of this process's GPU that were allocated at most, 0 without one.
     """
 
     train_tokens: int
@@ -114,6 +127,21 @@ class FitReport:
     resumed_at: int
     readings: list[tuple[int, float]]
     stopped: bool
+    gpu_peak: int
+
+
+class OutOfMemory(UserError):
+    """Memory ran out where a fit could not make its passes smaller by itself."""
+
+
+def quiet() -> None:
+    """Keep the libraries' notes and bars off the terminal, in a process that trains."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def device_name() -> str:
@@ -123,13 +151,21 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = False):
+def flash_attention() -> bool:
+    """Whether transformers can use flash-attention 2 here."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return device_name() == "cuda" and is_flash_attn_2_available()
+
+
+def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = False, spread: bool = False):
     """Load a base for training or scoring.
 
     Args:
         base_dir: folder with config and safetensors.
         four_bit: NF4 with double quantization through bitsandbytes (GPU only); none decides by size and device.
         exact: float32 on the CPU, for the exact NLL; else bf16.
+        spread: its layers on all GPUs, one after the other, for a base that one GPU does not hold.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -146,12 +182,15 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,  # the same bytes; FSDP divides no whole numbers
         )
     if device == "cuda":
         # Shard by shard to the card (of several processes each has its own), never the whole model in main memory.
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        options["device_map"] = "auto" if spread else {"": int(os.environ.get("LOCAL_RANK", 0))}
     # torch's fused attention has no fast bf16 backward on the CPU: it took 44 % of a step on a tiny base.
-    options["attn_implementation"] = "sdpa" if device == "cuda" or exact else "eager"
+    options["attn_implementation"] = (
+        "flash_attention_2" if flash_attention() else "sdpa" if device == "cuda" or exact else "eager"
+    )
     return AutoModelForCausalLM.from_pretrained(base_dir, config=config, use_safetensors=True, **options)
 
 
@@ -229,9 +268,9 @@ def fit(
 ):
     """Train one adapter on ``samples``.
 
-    Under ``torchrun`` or ``accelerate launch`` every process calls this; each optimizer step still takes ``batch_size``
+    Of several processes (:mod:`tsugiki.adapt.launch`) each calls this; an optimizer step still takes ``batch_size``
     samples in all. Where memory runs out, the same batch goes on in smaller passes; where a checkpoint of the same fit is
-    in ``work``, the fit goes on from there, to the same losses.
+    in ``work``, the fit goes on from there, to the same losses. A base that is divided (FSDP) writes no checkpoints.
 
     Args:
         base_dir: folder of the base.
@@ -245,11 +284,13 @@ def fit(
         probe: what to measure on the way, and whether to go on.
 
     Returns:
-        ``(model, FitReport)``: the PEFT model in training precision.
+        ``(model, FitReport)``: the PEFT model in training precision; its parameters are divided where FSDP was asked for
+        (:func:`tsugiki.adapt.processes.adapter_state` has the adapter whole).
 
     Raises:
-        UserError: samples that cannot be learnt from (:func:`check_trainable`), a loss that is not finite, memory too
-            small for one sample, or a batch that the processes cannot share.
+        UserError: samples that cannot be learnt from (:func:`check_trainable`), a loss that is not finite, a batch that
+            the processes cannot share, or a setting for which something is not installed.
+        OutOfMemory: for one sample a pass, in the optimizer's step, or in one of several processes.
     """
     import torch
     from datasets import Dataset
@@ -258,26 +299,33 @@ def fit(
     from trl import SFTConfig, SFTTrainer
 
     gpu = device_name() == "cuda"
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch_size % (settings.micro_batch * processes):
-        raise UserError(f"{processes} processes of micro_batch {settings.micro_batch} cannot share a batch of {settings.batch_size}",
-                        hint=f"Set batch_size to a multiple of {settings.micro_batch * processes}.")
+    processes = process_count()
+    micro_batch = share_of_batch(settings, processes)  # as it is now: memory may run out
+    _check_device(settings, gpu)
+    packed = flash_attention() if settings.packing is None else settings.packing
+    fsdp = bool(settings.fsdp) and processes > 1
     targets = log_targets(settings.report_to)
     model = load_base(base_dir, four_bit=settings.four_bit)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_trainable(samples, context, special_ids(tokenizer))
     model = add_adapter(model, settings, seed)
     four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    checkpointing = (four_bit or settings.offload) if settings.checkpointing is None else settings.checkpointing
     readings: list[tuple[int, float]] = []
-    micro_batch = settings.micro_batch  # as it is now: memory may run out
 
     def forward(self, input_ids, attention_mask, labels):
-        return batch_loss(self, input_ids, attention_mask, labels, tokens_per_pass=TOKENS_PER_PASS[gpu])
+        return batch_loss(self, input_ids, attention_mask, labels, tokens_per_pass=TOKENS_PER_PASS[gpu], packed=packed,
+                          offload=settings.offload, liger=settings.liger)
 
     class CompletionTrainer(SFTTrainer):
         """TRL's trainer with the output layer at the completion's positions only, that survives running out of memory."""
 
         step, batches = -1, ()  # the optimizer step under way, and the batches it has had
+
+        def _get_train_sampler(self, train_dataset=None):
+            if len(self.train_dataset) == len(samples):
+                return super()._get_train_sampler(train_dataset)
+            return WholeBatches(len(samples), math.ceil(len(samples) / shared) * shared, seed)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             # Through the model as it is wrapped (DDP, FSDP, autocast), so that gradients synchronise.
@@ -296,7 +344,7 @@ def fit(
                     return [self._in_passes(model, batch, num_items_in_batch) for batch in again][-1]
                 except torch.OutOfMemoryError as error:
                     if micro_batch == 1 or processes > 1:
-                        raise UserError(
+                        raise OutOfMemory(
                             f"out of memory with {micro_batch} sample(s) a forward pass", hint="Take gradient checkpointing, shorter"
                             " samples, a smaller rank or micro_batch; `tsugiki adapt plan` says what fits.",
                         ) from error
@@ -330,12 +378,14 @@ def fit(
                 readings.append((state.global_step, nll := read.per_token))
                 if probe.on_nats:
                     probe.on_nats(read.nats)
-                if not probe.go_on(state.global_step, state.max_steps, nll):
+                if not agreed(probe.go_on(state.global_step, state.max_steps, nll)):
                     control.should_training_stop = True
-            minutes = (time.monotonic() - self.saved) / 60
-            due = settings.checkpoint_minutes and minutes >= settings.checkpoint_minutes and state.global_step < state.max_steps
-            # A logged step: the losses in between are in no file. Weights that are not finite are no state to go on from.
-            if due and state.global_step % LOG_EVERY == 0 and all(bool(p.isfinite().all()) for p in trained):
+            # A logged step: the losses in between are in no file.
+            if not settings.checkpoint_minutes or fsdp or state.global_step % LOG_EVERY or state.global_step >= state.max_steps:
+                return
+            due = agreed((time.monotonic() - self.saved) / 60 >= settings.checkpoint_minutes)
+            # Weights that are not finite are no state to go on from.
+            if due and all(bool(p.isfinite().all()) for p in trained):
                 control.should_save = True
 
         def on_save(self, args, state, control, **kwargs):
@@ -352,32 +402,38 @@ def fit(
             if state.is_world_process_zero:
                 tell_progress(progress_file, state.global_step, state.max_steps, f"loss {loss:.3f}")
 
+    shared = micro_batch * processes  # samples that the processes take at a time
+    blank = processes > 1 and len(samples) % shared > 0
     data = Dataset.from_dict(
         {
-            "input_ids": [s.ids for s in samples],
-            "labels": [[-100] * len(s.prompt_ids) + s.completion_ids for s in samples],
+            "input_ids": [s.ids for s in samples] + [[0]] * blank,
+            "labels": [[-100] * len(s.prompt_ids) + s.completion_ids for s in samples] + [[-100]] * blank,
         }
     )
     if "tensorboard" in targets:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs or work / "logs")
     arguments = SFTConfig(
         output_dir=str(work), num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate, per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch * processes),
+        learning_rate=settings.learning_rate, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=settings.batch_size // shared,
         lr_scheduler_type="cosine", warmup_steps=settings.warmup, weight_decay=settings.weight_decay,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-        bf16=gpu, gradient_checkpointing=four_bit if settings.checkpointing is None else settings.checkpointing,
-        optim="paged_adamw_8bit" if four_bit else "adamw_torch_fused",
+        bf16=gpu, gradient_checkpointing=checkpointing,
+        optim="paged_adamw_8bit" if four_bit and not fsdp else "adamw_torch_fused",
         logging_steps=LOG_EVERY, logging_nan_inf_filter=False, save_strategy="no", save_total_limit=2,
         report_to=targets or "none", disable_tqdm=True,
-        seed=seed, data_seed=seed, use_cpu=not gpu, dataloader_pin_memory=gpu, log_level="error",
+        ddp_find_unused_parameters=False, seed=seed, data_seed=seed, use_cpu=not gpu, dataloader_pin_memory=gpu, log_level="error",
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one card: DataParallel would copy the base to each
+    # Tells the trainer not to wrap the model: it divides only on a GPU, and this is tested without one.
+    model.is_distributed_loading_by_transformers = fsdp
     trainer = CompletionTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
     )
     trainer.remove_callback(PrinterCallback)
+    if fsdp:  # the trainer has cast the adapter by now
+        shard(model, device_name())
     trained = [p for p in model.parameters() if p.requires_grad]
     model.forward = types.MethodType(forward, model)
     began = time.monotonic()
@@ -385,7 +441,7 @@ def fit(
         checkpoint = last_checkpoint(work)
         mean = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     except torch.OutOfMemoryError as error:  # in the optimizer's step
-        raise UserError("out of memory in the optimizer's step", hint="`tsugiki adapt plan` says what fits.") from error
+        raise OutOfMemory("out of memory in the optimizer's step", hint="`tsugiki adapt plan` says what fits.") from error
     finally:
         for name in ("forward", "_original_forward"):  # ours, and accelerate's around it
             model.__dict__.pop(name, None)
@@ -401,9 +457,31 @@ def fit(
         resumed_at=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
         readings=readings,
         stopped=trainer.state.global_step < trainer.state.max_steps,
+        gpu_peak=torch.cuda.max_memory_allocated() if gpu else 0,
     )
     model.eval()
     return model, report
+
+
+def share_of_batch(settings: FitSettings, processes: int) -> int:
+    """Samples a forward pass in each of several processes: at most ``micro_batch``, and a divisor of each one's share.
+
+    Raises:
+        UserError: the batch cannot be divided among the processes.
+    """
+    if settings.batch_size % processes:
+        raise UserError(f"{processes} processes cannot share a batch of {settings.batch_size} samples",
+                        hint=f"Set batch_size to a multiple of {processes}.")
+    share = settings.batch_size // processes
+    return next(size for size in range(min(settings.micro_batch, share), 0, -1) if share % size == 0)
+
+
+def _check_device(settings: FitSettings, gpu: bool) -> None:
+    """Refuse what needs a GPU where there is none, or a library that is not there."""
+    problems = [f"{name} needs a GPU" for name in ("offload", "liger") if getattr(settings, name) and not gpu]
+    if settings.liger and not importlib.util.find_spec("liger_kernel"):
+        problems.append("liger needs liger-kernel, which is not installed (pip install liger-kernel)")
+    raise_problems(problems, what="settings that cannot be used here", hint="Leave them out.")
 
 
 def probe_steps(steps: int, times: int) -> set[int]:

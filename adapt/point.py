@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tsugiki.adapt.fit import FitReport, FitSettings, device_name, fit, load_base
+from tsugiki.adapt.fit import FitReport, FitSettings, device_name, fit, load_base, quiet
+from tsugiki.adapt.launch import fit_in_processes, settled
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.artifacts import atomic_path, read_json, write_json
 from tsugiki.lineage import write_lineage
@@ -105,33 +106,27 @@ def read_samples(data: Path, test_items: int) -> tuple[list[EncodedSample], list
 
 def train_point(job: PointJob, *, threads: int, progress_file: Path | None = None) -> float:
     """Train and score one point, or score the base, in a process of its own; returns the test NLL, nats/token."""
-    import logging
-    import warnings
-
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     torch.set_num_threads(threads)
     began = time.monotonic()
     train, test = read_samples(job.data, job.test_items)
-    fitted = None
+    settings, fitted, trained = settled(job.fit), None, None
     if not job.n:
-        model = load_base(job.base_dir, four_bit=job.fit.four_bit, exact=True).eval()
-    else:
-        trained, fitted = fit(
-            job.base_dir, load_tokenizer(job.base_dir), train[: job.n], job.fit, job.work,
-            seed=job.seed, progress_file=progress_file, logs=job.out / "logs" / job.name,
-        )
+        model = load_base(job.base_dir, four_bit=settings.four_bit, exact=True, spread=settings.fsdp).eval()
     with atomic_path(job.folder) as temporary:
         temporary.mkdir(parents=True)
-        if fitted:
-            trained.save_pretrained(temporary / "adapter", safe_serialization=True)
-            _name_base(temporary / "adapter", job.base_dir)
-            model = _exact(job.base_dir, temporary / "adapter", trained)
+        if job.n:
+            adapter = temporary / "adapter"
+            options = {"seed": job.seed, "progress_file": progress_file, "logs": job.out / "logs" / job.name}
+            if settings.processes > 1:
+                fitted = fit_in_processes(job.base_dir, train[: job.n], settings, job.work, adapter, threads=threads, **options)
+            else:
+                trained, fitted = fit(job.base_dir, load_tokenizer(job.base_dir), train[: job.n], settings, job.work, **options)
+                trained.save_pretrained(adapter, safe_serialization=True)
+            _name_base(adapter, job.base_dir)
+            model = _exact(job.base_dir, adapter, trained, settings)
         nll = completion_nll(model, test, on_done=lambda done: tell_progress(progress_file, done, len(test), "scoring"))
         shown = train[: job.n or len(train)]
         train_nll = completion_nll(model, shown[: job.train_items])
@@ -141,7 +136,8 @@ def train_point(job: PointJob, *, threads: int, progress_file: Path | None = Non
             nll=nll.per_token, bpc=bits_per_character(nll, test), train_nll=train_nll.per_token,
             train_tokens=fitted.train_tokens if fitted else 0, seconds=round(time.monotonic() - began, 2),
             peak_rss=fitted.peak_rss if fitted else 0, nll_by_kind=_by_kind(nll, test),
-            cores=threads, gpu_peak=torch.cuda.max_memory_allocated() if device_name() == "cuda" else 0,
+            cores=threads,
+            gpu_peak=max(fitted.gpu_peak if fitted else 0, torch.cuda.max_memory_allocated() if device_name() == "cuda" else 0),
         )
         write_json(temporary / "point.json", {
             "key": job.key, "point": asdict(point), "losses": fitted.losses if fitted else [], "resumed_at": fitted.resumed_at if fitted else 0,
@@ -154,13 +150,17 @@ def _epochs(settings: FitSettings, fitted: FitReport, n: int) -> int:
     return math.ceil(fitted.steps / math.ceil(n / settings.batch_size)) if settings.max_steps else settings.epochs
 
 
-def _exact(base_dir: Path, adapter: Path, trained):
-    """The model to score with: float32 on the CPU; on a GPU the trained model itself, whose base may be in 4 bits."""
-    if device_name() == "cuda":
+def _exact(base_dir: Path, adapter: Path, trained, settings: FitSettings):
+    """The model to score with: float32 on the CPU; on a GPU the trained model itself, whose base may be in 4 bits.
+
+    Where other processes trained it, it is loaded as it was trained; a base that they divided goes on all GPUs in turn.
+    """
+    if device_name() == "cuda" and trained is not None:
         return trained.eval()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_base(base_dir, exact=True), adapter).eval()
+    base = load_base(base_dir, four_bit=settings.four_bit, exact=True, spread=settings.fsdp)
+    return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def _name_base(adapter: Path, base_dir: Path) -> None:
