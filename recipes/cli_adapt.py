@@ -17,6 +17,7 @@ from tsugiki.recipes.terminal import (
     DomainArgument,
     RunsOption,
     SetOption,
+    number_text,
     plain_table,
     stage_command,
     stdout,
@@ -128,3 +129,77 @@ def _config_folder(name: str, bases: dict) -> Path:
     except Exception as error:
         raise UserError(f"the configuration of {name} cannot be had from {base.hub_id}: {str(error).splitlines()[0]}",
                         hint="Give a folder with its config.json: --base FOLDER") from error
+
+
+@adapt_app.command("search")
+def adapt_search(
+    domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+    data_dir: DataOption = None, set_: SetOption = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Training samples of every trial.")] = 1000,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, on all machines, earlier runs of this search included.")] = 20,
+    storage: Annotated[str | None, typer.Option(envvar="TSUGIKI_STORAGE", help="A database that several machines share, as postgresql://user@host/name; none: a file of the run.", show_default=False)] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Minutes after which no trial starts; 0: no limit.")] = 0,
+    rank: Annotated[str, typer.Option(help="Ranks to choose from, as 8,16,32; empty: by the base's size.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Range of the learning rate, as 1e-4:5e-3; empty: by the base's size.")] = "",
+    epochs: Annotated[str, typer.Option(help="Range of the epochs, as 2:6; empty: by the base's size.")] = "",
+    valid_items: Annotated[int, typer.Option(min=0, help="Validation samples that trials are judged by; 0: all.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the fits and of the search.")] = 0,
+) -> None:
+    """Search rank, learning rate and epochs at one sample count, by validation NLL; the run's own settings are the first trial."""
+    from tsugiki.adapt.search import LARGE_SPACE, SearchSettings, SearchSpace, parse_space, search
+    from tsugiki.bases import profile
+    from tsugiki.recipes.recipe import LARGE, base_folder, open_run, run_recipe
+    from tsugiki.recipes.search_figure import draw_search
+    from tsugiki.recipes.stages import alone
+
+    run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
+    large = (profile(run.base_dir).parameters or 0) >= LARGE
+    space = parse_space(LARGE_SPACE if large else SearchSpace(), rank=rank, learning_rate=learning_rate, epochs=epochs)
+    settings = SearchSettings(n=n, trials=trials, space=space, fit=run.settings.sweep.fit, minutes=timeout, valid_items=valid_items,
+                              seed=seed, workers=run.settings.sweep.workers)
+    run_recipe(run, ("data",))
+    out = run.folder / "search"
+    with alone(run.folder):
+        result = search(base_folder(run), run.folder / "data", out, settings, name=run.name, storage=storage)
+        draw_search(result, out / "search.png")
+    _show_search(result)
+    stdout().print(f"Written: {escape(str(out / 'search.json'))} and search.png", soft_wrap=True)
+
+
+def _show_search(result: dict) -> None:
+    """Print a finished search: its trials, what mattered, how the best stands to the settings it started from."""
+    table = plain_table(f"{result['n']:,} samples, judged by {result['valid_items']:,} validation samples",
+                        "trial", "rank", "learning rate", "epochs", "validation NLL", "seconds", "", numbers=True)
+    for t in sorted(result["trials"], key=lambda t: (t["nll"] is None, t["nll"] or 0, t["number"])):
+        last = t["readings"][-1] if t["readings"] else None
+        value = f"{t['nll']:.4f}" if t["nll"] is not None else f"({last[1]:.4f} at {last[0]:.0%})" if last else "–"
+        table.add_row(str(t["number"]), str(t["rank"]), f"{t['learning_rate']:g}", str(t["epochs"]), value, number_text(t["seconds"], ".0f"),
+                      "start" if t["start"] else "" if t["state"] == "complete" else t["state"],
+                      style="bold" if t["number"] == result["best"] else "dim" if t["nll"] is None else None)
+    out = stdout()
+    out.print(table)
+    for t in result["trials"]:
+        if t["state"] == "failed":
+            out.print(f"trial {t['number']} failed: {escape(t['why'] or '')}")
+    if found := result["importances"]:
+        shares = sorted(found.items(), key=lambda item: -item[1]["value"])
+        out.print("Importances (fANOVA; in brackets 5 to 95 % over resampled trials): "
+                  + ", ".join(f"{name} {f['value']:.2f} ({f['low']:.2f}–{f['high']:.2f})" for name, f in shares), soft_wrap=True)
+    out.print(escape(_verdict(result)), soft_wrap=True)
+    out.print(f"Best settings: [bold]{result['set']}[/]", soft_wrap=True)
+
+
+def _verdict(result: dict) -> str:
+    """Whether the best trial differs from the settings the search started from by more than its interval."""
+    yours = "the run's settings" if result["start_is_yours"] else "the first trial (the point of the search space nearest to the run's settings)"
+    found = result["difference"]
+    if not found:
+        return f"Trial {result['best']} is the best; {yours} did not come to the end of the fit, so that nothing can be compared with them."
+    if result["best"] == result["start"]:
+        return f"No trial was better than {yours}: keep them."
+    if not found["ci"]:
+        return (f"Trial {result['best']} has {found['nll']:+.4f} nats/token against {yours}; the validation samples come from too few documents "
+                "for an interval.")
+    said = (f"Trial {result['best']} against {yours}: {found['nll']:+.4f} nats/token ({found['ci'][0]:+.4f} to {found['ci'][1]:+.4f}, 95 %, over "
+            f"documents, allowing for the choice among {found['compared']}; one seed, whose own noise is not in it).")
+    return f"{said} It is better." if found["told_apart"] else f"{said} They are not told apart: keep the run's settings or search on."

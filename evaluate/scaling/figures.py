@@ -60,6 +60,16 @@ def japanese_font(candidates: Sequence[str] = FONTS) -> str | None:
     return next((name for name in candidates if name in installed), None)
 
 
+def figure_style(font: str | None) -> dict[str, Any]:
+    """Matplotlib's settings for all figures of the kit; ``font``: the Japanese one, or none."""
+    return {
+        "font.family": [*([font] if font else []), "DejaVu Sans"], "font.size": 9, "axes.edgecolor": SOFT, "axes.linewidth": 0.7,
+        "axes.labelcolor": INK, "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "tsugiki", "pdf.fonttype": 42, "axes.titlelocation": "left",
+        "axes.titlesize": 9.5, "mathtext.default": "regular",
+    }  # fmt: skip
+
+
 def draw_all(result: Mapping[str, Any], out: Path, language: str = "ja", formats: Sequence[str] = FORMATS) -> list[str]:
     """Draw every figure that ``result`` (the content of ``scaling.json``) has numbers for.
 
@@ -79,13 +89,7 @@ def draw_all(result: Mapping[str, Any], out: Path, language: str = "ja", formats
             f"Install one of {', '.join(FONTS[:3])} (Debian, Ubuntu: fonts-noto-cjk)."
         )
     words: Words = (lambda ja, en: ja) if language == "ja" else (lambda ja, en: en)
-    style = {
-        "font.family": [*([font] if font else []), "DejaVu Sans"], "font.size": 9, "axes.edgecolor": SOFT, "axes.linewidth": 0.7,
-        "axes.labelcolor": INK, "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "tsugiki", "pdf.fonttype": 42, "axes.titlelocation": "left",
-        "axes.titlesize": 9.5, "mathtext.default": "regular",
-    }  # fmt: skip
-    with rc_context(style):
+    with rc_context(figure_style(font)):
         for name, draw in FIGURES.items():
             figure = draw(result, words)
             if figure is None:
