@@ -16,9 +16,10 @@ def is_first_process() -> bool:
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return False
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os.environ[PROCESSES] = os.environ["WORLD_SIZE"]
-        os.environ[FSDP] = str(int(os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"))
+    if process_count() == 1:
+        return True
+    os.environ[PROCESSES] = os.environ["WORLD_SIZE"]
+    os.environ[FSDP] = str(int(os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"))
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")) or name in (
             "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 import tsugiki
+from tsugiki.adapt.processes import is_first_process
 from tsugiki.artifacts import read_json, refusal
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError
@@ -326,6 +327,8 @@ def _stopped() -> None:
 
 def main() -> None:
     """Run a command; exit 1 for a fault of ours, 2 for all else that ends it early: a mistake, a full disk, Ctrl-C, SIGTERM."""
+    if not is_first_process():
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go and children end, as after Ctrl-C
     try:
         app()
