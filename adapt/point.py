@@ -16,7 +16,7 @@ from tsugiki.adapt.launch import fit_in_processes, settled
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
 from tsugiki.artifacts import atomic_path, read_json, write_json
 from tsugiki.lineage import write_lineage
-from tsugiki.pool import tell_progress
+from tsugiki.pool import Task, tell_progress
 from tsugiki.samples import EncodedSample, read_encoded
 from tsugiki.tokenizers import load_tokenizer
 
@@ -85,6 +85,11 @@ class PointJob:
         return self.out / "unfinished" / f"{self.key[:16]}-{self.name}"
 
     @property
+    def logs(self) -> Path:
+        """Curves of the fit."""
+        return self.out / "logs" / self.name
+
+    @property
     def done(self) -> bool:
         file = self.folder / "point.json"
         return file.exists() and read_json(file)["key"] == self.key
@@ -104,6 +109,11 @@ def read_samples(data: Path, test_items: int) -> tuple[list[EncodedSample], list
     return read_encoded(data / "train.jsonl"), test[: test_items or len(test)]
 
 
+def point_task(label: str, job: PointJob) -> Task:
+    """The task that trains and scores a point, here or on a node of a cluster; its result is the test NLL, nats/token."""
+    return Task(label, train_point, (job,), reads=(job.base_dir, job.data), writes=(job.folder, job.logs), gpus=job.fit.processes or 1)
+
+
 def train_point(job: PointJob, *, threads: int, progress_file: Path | None = None) -> float:
     """Train and score one point, or score the base, in a process of its own; returns the test NLL, nats/token."""
     import torch
@@ -119,7 +129,7 @@ def train_point(job: PointJob, *, threads: int, progress_file: Path | None = Non
         temporary.mkdir(parents=True)
         if job.n:
             adapter = temporary / "adapter"
-            options = {"seed": job.seed, "progress_file": progress_file, "logs": job.out / "logs" / job.name}
+            options = {"seed": job.seed, "progress_file": progress_file, "logs": job.logs}
             if settings.processes > 1:
                 fitted = fit_in_processes(job.base_dir, train[: job.n], settings, job.work, adapter, threads=threads, **options)
             else:

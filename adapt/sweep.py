@@ -16,13 +16,13 @@ import numpy as np
 from tsugiki.adapt.fit import FitSettings, device_name
 from tsugiki.adapt.forecast import forecast
 from tsugiki.adapt.optimum import Optimum, find_optimum
-from tsugiki.adapt.point import PointJob, read_samples, train_point
+from tsugiki.adapt.point import PointJob, point_task, read_samples
 from tsugiki.adapt.study import ask_point, open_study, record_untold
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
 from tsugiki.machine import cpu_count
-from tsugiki.pool import Task, TaskError, run_tasks
+from tsugiki.pool import TaskError, run_tasks
 from tsugiki.progress import console
 
 MODES = ("epochs", "steps")
@@ -154,7 +154,7 @@ def _run_jobs(jobs: list[PointJob], settings: SweepSettings, study) -> None:
     from optuna.trial import TrialState
 
     trials = {job: ask_point(study, job.n, job.seed, job.key) for job in jobs if job.n}
-    tasks = {Task(_label(job, settings), train_point, (job,)): job for job in jobs}
+    tasks = {point_task(_label(job, settings), job): job for job in jobs}
     try:
         for task, nll in run_tasks(list(tasks), _workers(settings), note=lambda nll: f"test NLL {nll:.4f}"):
             job = tasks[task]
