@@ -124,6 +124,24 @@ def recipe_show(domain: DomainArgument, base: BaseOption = "tiny-llama", runs: R
     show_summary(_run_folder(runs, domain, base))
 
 
+@recipe_app.command("bases")
+def recipe_bases(
+    domain: DomainArgument,
+    bases: Annotated[str, typer.Option("--bases", help="Names from `tsugiki recipe list` or folders, comma-separated.")] = "tiny-llama,tiny-qwen,tiny-llmjp",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Training samples, the same for all; none: the domain's largest count up to 1,000.", show_default=False)] = None,
+    seeds: Annotated[str, typer.Option(help="One fit of each base for each seed, comma-separated.")] = "0",
+    runs: RunsOption = Path("runs"), data_dir: DataOption = None, set_: SetOption = None,
+) -> None:
+    """Compare bases on the same samples: task score, bits per character, cost, what was forgotten, and which one to take."""
+    from tsugiki.recipes.compare_bases import compare_bases
+
+    if not all(part.strip().isdigit() for part in seeds.split(",")):
+        raise UserError(f"--seeds wants whole numbers, comma-separated, not {seeds!r}", hint="For example --seeds 0,1,2")
+    named = [b.strip() for b in bases.split(",") if b.strip()]
+    path = compare_bases(domain, named, n=n, seeds=[int(s) for s in seeds.split(",")], runs=runs, data_dir=data_dir, changes=set_ or ())
+    show_bases(path)
+
+
 @recipe_app.command("tiny-bases")
 def tiny_bases(
     corpus: Annotated[Path, typer.Option(help="Folder of text: .jsonl (text, or ja and en) and .txt.", show_default=False)],
@@ -296,6 +314,37 @@ def show_summary(folder: Path) -> None:
     if summary["recommended"]:
         out.print(f"Take [bold]{summary['recommended']['level']}[/]: {escape(summary['recommended']['why'])}")
     out.print(f"Report: {escape(str(folder / summary['report']))}", soft_wrap=True)
+
+
+def show_bases(path: Path) -> None:
+    """Print a comparison of bases: score and bits, pairs, cost, the recommendation."""
+    found, out = read_json(path), stdout()
+    unit, level = found["bases"][0]["cost"]["unit"], found["level"]
+    best = found["recommended"]["base"]
+
+    def between(interval: list[float] | None, form: str, by: float = 1.0) -> str:
+        return f"{by * interval[0]:{form}} – {by * interval[1]:{form}}" if interval else "–"
+
+    table = plain_table(f"{found['samples']['n']:,} samples, {found['answered']} test items, {len(found['seeds'])} seed(s)", "base", "rank",
+                        found["scoring"], "95 % interval", "before", "rank", "bits/char", "95 % interval", "before", numbers=True)
+    cost = plain_table("What it costs", "base", unit, "memory MB", "F16 MB", f"{level} MB", "s/answer", "tokens", "operations", "lost/gained", numbers=True)
+    for r in found["bases"]:
+        score, bits = r["score"], r["bits"]
+        table.add_row(r["name"], str(r["rank_score"]), f"{score['after']:.3f}", between(score["after_ci"], ".3f"), f"{score['before']:.3f}",
+                      str(r["rank_bits"]), f"{bits['after']:.3f}", between(bits["after_ci"], ".3f"), f"{bits['before']:.3f}", style="bold" if r["name"] == best else None)
+        cost.add_row(r["name"], f"{r['cost']['hours']:.4f}", f"{r['cost']['peak_memory'] / 1e6:,.0f}", f"{r['bytes']['F16'] / 1e6:,.1f}", f"{r['bytes'][level] / 1e6:,.1f}",
+                     f"{r['speed']['seconds_per_answer']:.3f}", f"{r['budget']['tokens']:,}", number_text(r["budget"]["flops"], ".2e"),
+                     f"{r['lost']} / {r['gained']}" if r["forgetting"] else "–")
+    pairs = plain_table(f"Pair by pair, together at {found['confidence']:.0%}", "first − second", "score, points", "interval", "better", "bits/char", "interval", "better", numbers=True)
+    for p in found["pairs"]:
+        pairs.add_row(f"{p['first']} − {p['second']}", f"{100 * p['score']['difference']:+.1f}", between(p["score"]["ci"], "+.1f", 100), p["score"]["better"] or "open",
+                      f"{p['bits']['difference']:+.3f}", between(p["bits"]["ci"], "+.3f"), p["bits"]["better"] or "open")
+    for part in (table, pairs, cost):
+        out.print(part)
+    if len(found["seeds"]) == 1:
+        out.print("One seed: how much another one would change was not measured (--seeds 0,1,2 measures it).")
+    out.print(f"Take [bold]{escape(best)}[/]. {escape(found['recommended']['why']['en'])}")
+    out.print(f"Written: {escape(str(path))}, {escape(str(path.with_suffix('.html')))}", soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)

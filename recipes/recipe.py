@@ -509,7 +509,7 @@ def evaluate_stage(run: Run) -> bool:
         "levels": stage_hash(run.folder / "levels", *(f"model-{name}.gguf" for name in run.settings.levels)),
         "recommended": level,
         "scoring": [run.domain.scoring, run.domain.max_new_tokens, run.settings.evaluate_items],
-        "benchmarks": [dataclasses.asdict(choice), *(_benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
+        "benchmarks": [dataclasses.asdict(choice), *(benchmark_data(run.data_dir) if choice.tasks or choice.suites else ())],
         "code": code_digest("tsugiki.recipes.before_after"),
     }
     results = run.results
@@ -542,7 +542,7 @@ def evaluate_stage(run: Run) -> bool:
     return run_stage(run.folder / "evaluate", inputs, work, console_title="what was gained, what was forgotten", keep_partial=True)
 
 
-def _benchmark_data(data_dir: Path | None) -> list[Any]:
+def benchmark_data(data_dir: Path | None) -> list[Any]:
     """The tasks' definitions, and which benchmarks lie in the data folder: with more of them, more is measured."""
     from tsugiki.evaluate.data import data_folder
     from tsugiki.evaluate.suites import TASKS

@@ -1,0 +1,103 @@
+"""The page of a comparison of bases: ``bases.html``, self-contained, from the content of ``bases.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from tsugiki.artifacts import write_text
+from tsugiki.recipes.report import FAMILY_NAMES, SCORE_NAMES, TASK_NAMES
+
+WIDTH, ROW, LEFT, RIGHT, TOP, FOOT = 520, 36, 128, 16, 6, 26  # of a chart, units of its view box
+
+
+def write_page(result: Mapping[str, Any], path: Path) -> None:
+    """Write the page of ``result`` (the content of ``bases.json``), atomically."""
+    write_text(path, render(result))
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The page as text; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("tsugiki.recipes", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    bases, best = result["bases"], result["recommended"]["base"]
+    title = result["title"]
+    return environment.get_template("bases.html").render(
+        **result, bests=[b for b in bases if b["name"] == best], best=best,
+        names={"ja": title.get("ja") or result["domain"], "en": title.get("en") or result["domain"]},
+        score_name=SCORE_NAMES.get(result["scoring"], ("スコア", "Score")), gpu=result["device"] == "cuda",
+        score_chart=chart([_mark(b, b["score"]) for b in bases], best=best, percent=True),
+        bits_chart=chart([_mark(b, b["bits"]) for b in bases], best=best),
+        tasks=_tasks(bases), not_measured=_not_measured(bases), size=_size,
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+
+
+def _mark(base: Mapping, measure: Mapping) -> dict[str, Any]:
+    return {"name": base["name"], **{key: measure[key] for key in ("before", "after", "after_ci")}}
+
+
+def chart(marks: Sequence[Mapping[str, Any]], *, best: str, percent: bool = False) -> Markup:
+    """A line a base: an open circle before, a filled one after with its interval; the axis starts at 0."""
+    highest = max(max(m["before"], m["after"], *(m["after_ci"] or [0])) for m in marks) or 1.0
+    step = next(s * 10.0**e for e in range(-4, 5) for s in (1, 2, 5) if s * 10.0**e * 5 >= highest)
+    top = 1.0 if percent and highest > 0.8 else step * -(-highest // step)
+    height = TOP + ROW * len(marks) + FOOT
+
+    def x(value: float) -> str:
+        return f"{LEFT + (WIDTH - LEFT - RIGHT) * value / top:.1f}"
+
+    def text(value: float) -> str:
+        return f"{100 * value:g}%" if percent else f"{value:g}"
+
+    parts = []
+    for i in range(round(top / step) + 1):
+        value = round(i * step, 10)
+        parts.append(f'<path class="grid" d="M{x(value)} {TOP}V{height - FOOT + 4}"/><text x="{x(value)}" y="{height - 6}" text-anchor="middle">{text(value)}</text>')
+    for i, m in enumerate(marks):
+        y = TOP + ROW * i + ROW / 2
+        told = f"{m['name']}: {_value(m['before'], percent)} → {_value(m['after'], percent)}"
+        if m["after_ci"]:
+            told += f" ({_value(m['after_ci'][0], percent)} – {_value(m['after_ci'][1], percent)})"
+        line = f'<path class="ci" d="M{x(m["after_ci"][0])} {y}H{x(m["after_ci"][1])}"/>' if m["after_ci"] else ""
+        parts.append(
+            f'<g class="{"best" if m["name"] == best else "base"}"><title>{escape(told)}</title>'
+            f'<text class="name" x="0" y="{y + 4}">{escape(m["name"] if len(m["name"]) < 18 else m["name"][:16] + "…")}</text>'
+            f'<path class="way" d="M{x(m["before"])} {y}H{x(m["after"])}"/>{line}'
+            f'<circle class="before" cx="{x(m["before"])}" cy="{y}" r="4.5"/><circle class="after" cx="{x(m["after"])}" cy="{y}" r="5.5"/></g>'
+        )
+    label = escape("; ".join(f"{m['name']} {_value(m['before'], percent)} → {_value(m['after'], percent)}" for m in marks))
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def _value(value: float, percent: bool) -> str:
+    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"
+
+
+def _tasks(bases: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """Benchmarks as rows, each with the change of every base that it was measured on."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for base in bases:
+        for change in base["forgetting"]:
+            task = change["task"].partition("[")[0]
+            ja, en = TASK_NAMES.get(task, (task, task))
+            row = rows.setdefault((change["task"], change["metric"]), {
+                "ja": ja, "en": en, "family": FAMILY_NAMES.get(change["family"], (change["family"],) * 2), "metric": change["metric"],
+                "n": change["n"], "of": {},
+            })  # fmt: skip
+            row["of"][base["name"]] = change
+    return list(rows.values())
+
+
+def _not_measured(bases: Sequence[Mapping]) -> list[dict[str, str]]:
+    return list({m["task"]: m for base in bases for m in base["not_measured"]}.values())
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
