@@ -107,7 +107,7 @@ def convert(
         name, licence, languages, base_model, datasets: metadata that people read; licence, languages and data sets
             from the base's model card where they are not given. A ``base_model`` of the form ``organisation/name`` is a
             repository on the hub.
-        tokenizer_dir: another tokenizer (with its chat template) than the base's, of the same ids.
+        tokenizer_dir: another tokenizer (with its chat template) than the adapter's or the base's, of the same ids.
 
     Raises:
         UserError: unknown architecture, missing, damaged or quantized weights, an adapter for another base or of
@@ -117,20 +117,27 @@ def convert(
     base_dir, out = Path(base_dir), Path(out)
     qtype, file_type = _known_type(dtype)
     family, config, notes = read_config(base_dir)
-    tokenizer = read_tokenizer(Path(tokenizer_dir or base_dir))
-    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
     weights = open_weights(base_dir)
     tied = config.tie_word_embeddings
     shapes = source_shapes(expected_tensors(family, config))
     check_weights(base_dir, weights, shapes, tied=tied)
     adapter = _open_adapter(adapter_dir, base_dir, shapes, tied)
-    if adapter and adapter.unties(tied):
+    tokenizer, told = model_tokenizer(base_dir, adapter_dir, tokenizer_dir)
+    notes += told
+    if adapter and adapter.rows:
+        if adapter.rows > config.vocab_size and tokenizer_dir is None and tokenizer_folder(adapter_dir) is None:
+            raise UserError(
+                f"the adapter has {adapter.rows:,} tokens, the base {config.vocab_size:,}, and no tokenizer that has them lies beside it",
+                where=str(adapter_dir), hint="Save it there (tokenizer.save_pretrained), or name its folder with --tokenizer.",
+            )
+        notes.append(f"the adapter's vocabulary has {adapter.rows:,} tokens, the base's {config.vocab_size:,}: embeddings and output layer are the adapter's")
+        config.vocab_size = adapter.rows
+    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
+    if adapter and adapter.unties:
         tied = False
         weights = weights | {OUTPUT: replace(weights[EMBEDDINGS], name=OUTPUT)}
         notes.append("the adapter changes embeddings and output layer, tied in the base, apart: both are written")
     tensors = expected_tensors(family, config, tied=tied)
-    if is_unigram_model(tokenizer_dir or base_dir):
-        notes.append("tokenizer.model is Unigram and is read as such; transformers alone reads many such files as BPE, with other ids")
     template = tokenizer.chat_template
     eot = end_of_turn_id(tokenizer) if template else None
     del tokenizer  # 200 MB for a vocabulary of 128,000, not needed while the tensors pass
@@ -204,6 +211,7 @@ def convert_lora(base_dir: Path | str, out: Path | str, adapter_dir: Path | str,
         # PEFT also saves the untouched table beside an update of embeddings
         if u.replacement and n not in shared and not (u.a and same_values(u.replacement, weights[n]))
     ]
+    problems += [f"{n} has trained tokens (trainable_token_indices)" for n, u in adapter.updates.items() if u.token_rows and n not in shared]
     raise_problems(problems, what=f"{adapter.path}: no LoRA file can say this", hint="Merge it: leave out --lora-only.")
     first = next(iter(adapter.updates.values()))
     alpha = first.scale * first.rank
@@ -295,6 +303,81 @@ def read_tokenizer(folder: Path):
             f"transformers cannot read the tokenizer: {error}", where=str(folder),
             hint="The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json.",
         ) from error
+
+
+def tokenizer_folder(adapter_dir: Path | str | None) -> Path | None:
+    """An adapter's folder, where a tokenizer lies beside the adapter (trainers save it there)."""
+    folder = Path(adapter_dir) if adapter_dir is not None else None
+    return folder if folder and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def model_tokenizer(base_dir: Path | str, adapter_dir: Path | str | None = None, tokenizer_dir: Path | str | None = None):
+    """The tokenizer of an adapted model, and what a reader should know of it, as sentences.
+
+    The one that is named, else the one beside the adapter (it may have tokens that the base's lacks), else the base's. One
+    without a chat template takes the base's. Beside an adapter to a base whose ``tokenizer.model`` is Unigram transformers
+    saves a BPE tokenizer, with other ids than the base has learned (:mod:`tsugiki.tokenizers`): the base's is taken then,
+    with the tokens that were added to the other.
+
+    Raises:
+        UserError: transformers cannot read it, it gives the base's tokens other ids, or llama.cpp would find added tokens in
+            other places.
+    """
+    base_dir, folder = Path(base_dir), Path(tokenizer_dir) if tokenizer_dir else tokenizer_folder(adapter_dir)
+    if folder is None:
+        return read_tokenizer(base_dir), [_UNIGRAM] if is_unigram_model(base_dir) else []
+    tokenizer, notes = read_tokenizer(folder), [_UNIGRAM] if is_unigram_model(folder) else []
+    if tokenizer_dir is None:
+        notes.append(f"the tokenizer is the one beside the adapter ({len(tokenizer):,} tokens)")
+    try:
+        own = load_tokenizer(base_dir)
+    except Exception:  # a base without a tokenizer: nothing to compare with
+        return tokenizer, notes
+    have, ids = tokenizer.get_vocab(), own.get_vocab()
+    moved = [t for t, i in ids.items() if have.get(t, i) != i]
+    lost = [t for t in ids if t not in have]
+    if moved or 2 * len(lost) > len(ids):
+        first = (moved or lost)[0]
+        raise UserError(
+            f"the tokenizer gives {len(moved):,} of the base's {len(ids):,} tokens another id and lacks {len(lost):,}: "
+            f"{first!r} is {ids[first]} in the base, {have.get(first)} here", where=str(folder),
+            hint="It belongs to another model. Remove it, or name the right one with --tokenizer.",
+        )
+    _refuse_normalized(tokenizer, ids, folder)
+    if is_unigram_model(base_dir) and _kind(tokenizer) != "Unigram":
+        added = [t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.content not in ids]
+        own.add_tokens(added)
+        if wrong := [t.content for t in added if own.convert_tokens_to_ids(t.content) != have[t.content]]:
+            raise UserError(f"the base's Unigram tokenizer has {len(ids):,} tokens, so that {wrong[0]!r} cannot get the id {have[wrong[0]]}",
+                            where=str(folder), hint="Save the tokenizer as tsugiki.tokenizers.load_tokenizer reads it, with the tokens added.")
+        own.chat_template = tokenizer.chat_template or own.chat_template
+        return own, [_UNIGRAM, f"of the tokenizer beside the adapter, BPE, the {len(added)} added tokens are taken"]
+    tokenizer.chat_template = tokenizer.chat_template or own.chat_template
+    return tokenizer, notes
+
+
+_UNIGRAM = "tokenizer.model is Unigram and is read as such; transformers alone reads many such files as BPE, with other ids"
+
+
+def _refuse_normalized(tokenizer, known: Mapping[str, int], folder: Path) -> None:
+    """Refuse added tokens that the tokenizer looks for in another form than written: ``▁`` before them, as in LLM-jp's, means that
+    in Japanese text they are hardly ever found, while llama.cpp would find them everywhere."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return
+    added = [t for t in tokenizer.added_tokens_decoder.values() if t.content not in known and t.normalized and not t.special]
+    forms = {t.content: form for t in added if (form := normalizer.normalize_str(t.content)) != t.content}
+    if forms:
+        first = next(iter(forms))
+        raise UserError(
+            f"the tokenizer's normalizer turns {len(forms)} of its added tokens into other text, {first!r} into {forms[first]!r}: it finds "
+            "them only where a text has that, llama.cpp wherever it has the token", where=str(folder),
+            hint="Add them as tokenizers.AddedToken(text, normalized=False), and train with that.",
+        )
+
+
+def _kind(tokenizer) -> str | None:
+    return type(tokenizer.backend_tokenizer.model).__name__ if getattr(tokenizer, "is_fast", False) else None
 
 
 def read_card(folder: Path) -> dict:

@@ -43,6 +43,7 @@ def gate(
     samples: Sequence[EncodedSample] = (),
     system: str | None = None,
     settings: GateSettings | None = None,
+    tokenizer_dir: Path | str | None = None,
 ) -> dict:
     """Compare a GGUF with the model that it was made from, in a child process.
 
@@ -57,6 +58,8 @@ def gate(
         texts: of the domain, prompts and answers.
         samples: for the logits; without any, 8 texts are continued.
         system: the domain's system prompt.
+        tokenizer_dir: as :func:`tsugiki.quantize.convert.convert` was given it. Tokens that it, or the one beside the adapter, has
+            and the base's lacks are texts of their own (``added``), alone and between others.
 
     Returns:
         JSON-ready: ``passed``; ``problems`` and ``notes``, sentences; ``ids``, what :class:`tsugiki.quantize.parity.Parity` holds;
@@ -76,7 +79,7 @@ def gate(
             "tsugiki.quantize.gate",
             {
                 "path": str(gguf_path), "base": str(base_dir), "adapter": adapter_dir and str(adapter_dir), "folder": folder,
-                "system": system, "settings": asdict(settings),
+                "system": system, "settings": asdict(settings), "tokenizer": tokenizer_dir and str(tokenizer_dir),
             },
             name="parity",
         )
@@ -158,16 +161,16 @@ def templates(engine, tokenizer, talks: Sequence[list[dict[str, str]]]) -> tuple
 
 def measure(
     gguf_path: str, base_dir: str, adapter_dir: str | None, texts: Sequence[str], samples: Sequence[EncodedSample],
-    system: str | None, settings: GateSettings,
+    system: str | None, settings: GateSettings, tokenizer_dir: str | None = None,
 ) -> dict:
     """:func:`gate` in this process."""
     import llama_cpp
 
     from tsugiki.chat import end_of_turn_id
     from tsugiki.evaluate.engine import Engine
-    from tsugiki.tokenizers import load_tokenizer
+    from tsugiki.quantize.convert import model_tokenizer
 
-    tokenizer = load_tokenizer(base_dir)
+    tokenizer, _ = model_tokenizer(base_dir, adapter_dir, tokenizer_dir)
     talks = conversations(texts, system) if tokenizer.chat_template else []
     rendered: list[str] = []
     rendering = {"conversations": 0, "identical": 0, "first": None}
@@ -177,7 +180,10 @@ def measure(
             rendering, rendered = templates(engine, tokenizer, talks)
             end = end_of_turn_id(tokenizer)
             stops = bool(llama_cpp.llama_vocab_is_eog(engine._vocab, end))
-    ids = parity(gguf_path, tokenizer, {"domain": texts, "conversations": rendered, "hard": hard_texts()})
+    groups = {"domain": texts, "conversations": rendered, "hard": hard_texts()}
+    if added := added_texts(tokenizer, base_dir):
+        groups["added"] = added
+    ids = parity(gguf_path, tokenizer, groups)
     if not samples:
         encoded = [tokenizer(t, add_special_tokens=False)["input_ids"][:200] for t in texts if len(t) > 20]
         samples = [EncodedSample(str(i), "", "", "", "", e[:1], e[1:]) for i, e in enumerate(encoded) if len(e) > 8]
@@ -188,6 +194,18 @@ def measure(
     }
     found["problems"], found["notes"] = problems_of(found, ids), bos_notes(ids)
     return {"passed": not found["problems"], **found}
+
+
+def added_texts(tokenizer, base_dir: Path | str, most: int = 500) -> list[str]:
+    """Tokens that the base's tokenizer lacks, each alone, between Japanese and between English words."""
+    from tsugiki.tokenizers import load_tokenizer
+
+    try:
+        known = load_tokenizer(base_dir).get_vocab()
+    except Exception:  # a base without a tokenizer
+        return []
+    added = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.content not in known][:most]
+    return [form.format(token) for token in added for form in ("{}", "この{}を点検する。", "check the {} now", "{0}{0}\n{0}")]
 
 
 def problems_of(found: Mapping, ids) -> list[str]:
@@ -231,7 +249,7 @@ def _child(job: dict) -> dict:
     folder = Path(job["folder"])
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     samples = read_encoded(folder / "samples.jsonl")
-    return measure(job["path"], job["base"], job["adapter"], texts, samples, job["system"], GateSettings(**job["settings"]))
+    return measure(job["path"], job["base"], job["adapter"], texts, samples, job["system"], GateSettings(**job["settings"]), job["tokenizer"])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tsugiki.artifacts import read_json
 from tsugiki.chat import prompt_text
 from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine, check_gguf
+from tsugiki.quantize.adapter import vocabulary_rows
 from tsugiki.quantize.weights import open_weights
 from tsugiki.samples import EncodedSample
 
@@ -330,6 +331,9 @@ def load_reference(base_dir: Path | str, adapter_dir: Path | str | None, *, narr
         if adapter_dir:
             from peft import PeftModel
 
+            rows = vocabulary_rows(Path(adapter_dir))
+            if rows and rows != model.get_input_embeddings().weight.shape[0]:  # PEFT loads the tables, of this size
+                model.resize_token_embeddings(rows, mean_resizing=False)
             model = PeftModel.from_pretrained(model, adapter_dir)  # its own matrices are float32 whatever the base is
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what the libraries raise on files that do not fit
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -52,7 +52,7 @@ def quantize_convert(
     adapter: Annotated[Path | None, typer.Option(help="Folder of a PEFT LoRA adapter.")] = None,
     dtype: Annotated[str, typer.Option(help="f16, bf16 or f32.")] = "f16",
     lora_only: Annotated[bool, typer.Option("--lora-only", help="Write the adapter alone, for llama.cpp's --lora.")] = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of another tokenizer (and chat template) with the same ids.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of another tokenizer (and chat template) with the same ids; none: the one beside the adapter, else the base's.")] = None,
     name: Annotated[str, typer.Option(help="The model's name in the file; empty: the base's folder.")] = "",
     licence: Annotated[str, typer.Option(help="The model's licence in the file; empty: the base's.")] = "",
     dataset: Annotated[list[str] | None, typer.Option(help="A data set it was trained on; may be repeated.")] = None,
@@ -85,6 +85,7 @@ def quantize_parity(
     base: Annotated[str, typer.Option("--base", help="What it was made from: a name, or a folder.", show_default=False)],
     adapter: Annotated[Path | None, typer.Option(help="The adapter in it.")] = None,
     text: Annotated[Path | None, typer.Option(help="The domain's text, one a line; .jsonl: prompt and completion. None: sample sentences.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer that it was converted with, where one was named.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
 ) -> None:
     """Prove that a GGUF is the model it was made from: token ids, chat template, BOS, end of turn, logits."""
@@ -92,7 +93,7 @@ def quantize_parity(
     from tsugiki.quantize.gate import check_gate, gate, read_texts
 
     with base_with_template(base) as (folder, _):
-        found = gate(file, folder, adapter, texts=read_texts(text))
+        found = gate(file, folder, adapter, texts=read_texts(text), tokenizer_dir=tokenizer)
     if json_out:
         write_json(json_out, found)
     show_gate(file, found)

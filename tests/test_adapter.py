@@ -275,8 +275,8 @@ def refused(base, tmp_path, adapter):
 
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"peft_type": "IA3"}, "peft_type IA3"), ({"bias": "all"}, "trained biases (bias 'all')"), ({"lora_bias": True}, "lora_bias"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "fused experts"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"use_dora": True}, "a magnitude is missing"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"trainable_token_indices": [1]}, "the rows of trainable_token_indices are missing"), ({"use_dora": True}, "a magnitude is missing"),
     ({"init_lora_weights": "pissa_niter_4"}, "PiSSA changed the base before training"), ({"init_lora_weights": "olora"}, "OLoRA changed the base"),
     ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"), ({"init_lora_weights": "loftq"}, "LoftQ changed the base"),
     ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base"), ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
