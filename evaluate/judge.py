@@ -26,7 +26,7 @@ from tsugiki.artifacts import digest, sha256_file, write_json, write_jsonl
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.paired import Item, compare_items, write_items
 from tsugiki.evaluate.rubric import Rubric, read_verdict, requests
-from tsugiki.intervals import MIN_CLUSTERS, cluster_weights, ratio_intervals
+from tsugiki.intervals import MIN_CLUSTERS, cluster_weights, clustered_stderr, ratio_intervals
 from tsugiki.progress import progress
 
 GGUF_CHUNK = 16  # verdicts that a killed run repeats
@@ -215,8 +215,8 @@ def judge_answers(
         say: told the estimate and what is going on.
 
     Returns:
-        what ``out/judge.json`` holds: ``rubric`` (with its hash), ``judge``, ``models`` (mean rating, interval by
-        document, counts of ratings and of malformed verdicts, by kind), ``paired`` (:func:`_pairs`, on the items where both
+        what ``out/judge.json`` holds: ``rubric`` (with its hash), ``judge``, ``models`` (mean rating, interval and
+        standard error by document, counts of ratings and of malformed verdicts, by kind, and a hash of the answers), ``paired`` (:func:`_pairs`, on the items where both
         have a rating), ``agreement``, ``usage`` and ``cost``. ``verdicts.jsonl`` and
         ``items-<model>.jsonl`` lie beside it.
 
@@ -254,14 +254,22 @@ def judge_answers(
                 bar.advance(task)
 
             (_ask_gguf if judge.gguf else _ask_endpoint)(judge, rubric, missing, keep)
+    found = _read_out(asked, verdicts, rubric, out, people)
+    for row in found["models"]:
+        row["answers"] = answers_digest(answers[row["model"]])
     result = {
         "rubric": {"name": rubric.name, "version": rubric.version, "hash": rubric.hash, "scale": list(rubric.scale)},
         "judge": {**who, "temperature": 0},
-        **_read_out(asked, verdicts, rubric, out, people),
+        **found,
         "usage": _usage([verdicts[k] for k in {r["key"] for rows in asked.values() for r in rows}], prices),
     }
     write_json(out / "judge.json", result)
     return result
+
+
+def answers_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What tells the answers that were rated from others: a hash of their ids and texts."""
+    return digest([[str(row["id"]), row.get("answer"), row.get("turns")] for row in rows])[:16]
 
 
 def estimate_tokens(text: str) -> int:
@@ -526,7 +534,7 @@ def _mean(pairs: Sequence[tuple[dict, int | None]]) -> dict[str, Any]:
         interval = ratio_intervals(values, np.ones(len(rated)), [d for d, _ in rated])[0]
     return {
         "n": len(pairs), "rated": len(rated), "mean": sum(x for _, x in rated) / len(rated) if rated else None,
-        "ci": list(interval) if interval else None,
+        "ci": list(interval) if interval else None, "stderr": clustered_stderr([x for _, x in rated], [d for d, _ in rated]) if rated else None,
     }  # fmt: skip
 
 

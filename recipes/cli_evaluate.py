@@ -88,7 +88,7 @@ def evaluate_judge(
     model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")] = "",
     gguf: Annotated[Path | None, typer.Option(help="The judge as a file, run in this process.", show_default=False)] = None,
     labels: Annotated[Path | None, typer.Option(help="People's ratings, .jsonl or .csv of id, label (and model): how far the judge agrees.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of verdicts.jsonl and judge.json; else judge-RUBRIC beside the answers.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of verdicts.jsonl and judge.json; else judge-RUBRIC beside the answers; a run's report and results table take it from there.", show_default=False)] = None,
     data_dir: DataOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many answers of each model.", show_default=False)] = None,
     sampled: Annotated[bool, typer.Option(help="MT-Bench answers of a .gguf at the benchmark's temperatures; else greedy.")] = False,
@@ -103,6 +103,9 @@ def evaluate_judge(
     """Have another model rate answers by a versioned rubric. Finished verdicts are kept; run again to go on."""
     from tsugiki.evaluate.judge import Judge, answer_files, judge_answers, read_answers, read_labels, two_turn_answers
     from tsugiki.evaluate.rubric import load_rubric
+    from tsugiki.recipes.before_after import level_answers
+    from tsugiki.recipes.judged import keep_judged
+    from tsugiki.recipes.summary import read_stages, run_name
 
     if (price_in is None) != (price_out is None):
         raise UserError("one price is missing", hint="Give --price-in and --price-out together.")
@@ -111,23 +114,31 @@ def evaluate_judge(
     people = read_labels(labels) if labels else None
     first = answers[0]
     out = out or (first if first.is_dir() else first.parent) / f"judge-{asked.name}"
-    files = [p for p in answers if p.suffix != ".gguf"]
-    models = [p for p in answers if p.suffix == ".gguf"]
+    run = first if first.is_dir() and (first / "gguf").is_dir() else None
+    models = {p.stem: p for p in answers if p.suffix == ".gguf"}
     if models and asked.kind != "two-turn":
-        raise UserError(f"{models[0].name} is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
-    files += [two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for p in models]
-    if level:
-        from tsugiki.recipes.before_after import level_answers
-
-        if not first.is_dir():
-            raise UserError("--level is of a run", hint="Give the run's folder, for example runs/setsubi/tiny-llama.")
-        files += [level_answers(first, name, out) for name in level]
-    given = {name: read_answers(path, asked)[:limit] for name, path in answer_files(files).items()}
+        raise UserError(f"{next(iter(models))}.gguf is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
+    if level and not run:
+        raise UserError("--level is of a run", hint="Give the run's folder, for example runs/setsubi/tiny-llama.")
+    if run and asked.kind == "two-turn":
+        models |= {"base": run / "gguf" / "base-F16.gguf", "adapted": run / "gguf" / "model-F16.gguf"}
+        models |= {name: run / "levels" / f"model-{name}.gguf" for name in level or ()}
+        raise_problems([str(p) for p in models.values() if not p.is_file()], what="Models that are not there")
+    named = [p for p in answers if p.suffix != ".gguf" and not (p == run and asked.kind == "two-turn")]
+    files = answer_files(named) if named else {}
+    files |= {name: two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for name, p in models.items()}
+    if run and asked.kind == "single":
+        files |= {name: level_answers(run, name, out) for name in level or ()}
+    given = {name: read_answers(path, asked)[:limit] for name, path in files.items()}
     prices = (price_in, price_out) if price_in is not None and price_out is not None else None
     found = judge_answers(given, asked, judge, out, labels=people, prices=prices, agreed=yes,
                           say=lambda text: console.print(escape(text)))
     show_judge(found)
-    stdout().print(f"Written: {escape(str(out / 'judge.json'))}", soft_wrap=True)
+    written = [out / "judge.json"]
+    if run and out.parent == run:
+        keep_judged(run, found, *run_name(run, read_stages(run).get("data", {})))
+        written += [run.parent.parent / "results.sqlite", *(p for p in (run / "report.html",) if p.exists())]
+    stdout().print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
 
 
 @evaluate_app.command("run")

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from tsugiki.artifacts import read_json, write_text
 from tsugiki.quantize.sensitivity import heat_map
+from tsugiki.recipes.judged import read_judged
 from tsugiki.recipes.summary import STAGES, level_changes, level_rows, read_stages, run_name
 
 Text = dict[str, str]
@@ -215,6 +216,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "more_data": data_verdict(sweep) if sweep.get("points") else None,
         "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
         "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,
+        "judged": read_judged(run_dir),
         "examples": _in_turn(evaluated.get("examples", [])),
         "level_items": _items(check),
         "task_count": len(scores),

@@ -11,6 +11,7 @@ from typing import Any
 
 from tsugiki.artifacts import read_json, write_json
 from tsugiki.errors import UserError, raise_problems
+from tsugiki.recipes.judged import judged_changes, judged_scores, read_judged
 
 STAGES = ("data", "sweep", "gguf", "levels", "check", "evaluate")
 VERDICTS = ("reference", "pass", "degraded", "inconclusive")
@@ -216,10 +217,12 @@ def build_summary(run_dir: Path | str) -> dict[str, Any]:
     if choice := check.get("recommended"):
         row = next((row for row in rows if row["level"] == choice.get("level")), {})
         summary["recommended"] = _pick({**row, **choice, "why": english(choice.get("why"))}, SCHEMA["recommended"][0])
-    benchmarks = [*stages.get("evaluate", {}).get("rows", []), *_level_scores(stages, domain)]
+    judged = read_judged(run_dir)
+    benchmarks = [*stages.get("evaluate", {}).get("rows", []), *_level_scores(stages, domain), *judged_scores(judged, domain)]
     summary["benchmarks"] = [_pick({"stderr": None, "unparsed": None, **row}, SCHEMA["benchmarks"][0]) for row in benchmarks]
     changes = stages.get("evaluate", {}).get("changes", [])
     changes = [*changes, *level_changes(check, domain, stages["evaluate"].get("scoring", "score"))] if changes else []
+    changes = [*changes, *judged_changes(judged, domain)]
     summary["changes"] = [_pick({"ci": None, **row}, SCHEMA["changes"][0]) for row in changes]
     summary["report"] = "report.html"
     raise_problems(
