@@ -40,6 +40,16 @@ class _Reader:
         start = self.skip(n)
         return self.data[start : start + n]
 
+    def strings(self, n: int) -> None:
+        """Skip ``n`` strings: a vocabulary has 10^5, so that the loop is as bare as it can be."""
+        at, size, data, length = self.at, self.size, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(n):
+            if at + 8 > size:
+                raise EOFError
+            at += 8 + length(data, at)[0]
+        self.at = at
+        self.skip(0)
+
     def value(self, kind: int, depth: int = 0) -> int | None:
         """Skip one value; return it where it is a uint32 (the alignment is one), else ``None``."""
         if kind == _STRING:
@@ -54,8 +64,11 @@ class _Reader:
                 self.elements += n
                 if self.elements > _MOST_ELEMENTS:
                     raise ValueError(f"arrays of more than {_MOST_ELEMENTS:,} elements")
-                for _ in range(n):
-                    self.value(inner, depth + 1)
+                if inner == _STRING:
+                    self.strings(n)
+                else:
+                    for _ in range(n):
+                        self.value(inner, depth + 1)
         elif kind == _UINT32:
             return self.number("<I")
         elif kind in _SIZES:
@@ -65,8 +78,11 @@ class _Reader:
         return None
 
 
-def check_gguf(path: Path | str) -> None:
-    """Refuse a file that is no whole GGUF with tensors, reading its header alone (0.2 s for a vocabulary of 150,000).
+def check_gguf(path: Path | str) -> dict[str, int]:
+    """Refuse a file that is no whole GGUF with tensors, reading its header alone (0.1 s for a vocabulary of 150,000).
+
+    Returns:
+        Name of each tensor to the number of its ggml type.
 
     Raises:
         UserError: the file is missing, empty, not a GGUF, damaged, without tensors, or shorter than its header says.
@@ -110,10 +126,11 @@ def check_gguf(path: Path | str) -> None:
         raise UserError(
             f"truncated: the header announces {end:,} bytes, the file has {size:,}", where=str(path), hint=again
         )
+    return tensors
 
 
-def _announced(reader: _Reader) -> tuple[int, int]:
-    """Tensors, and bytes of a whole file: where its last tensor ends."""
+def _announced(reader: _Reader) -> tuple[dict[str, int], int]:
+    """Types of the tensors by name, and bytes of a whole file: where its last tensor ends."""
     tensors, pairs, alignment = reader.number(), reader.number(), 32
     left = reader.size - reader.at
     # the least bytes of a tensor's entry (name length, dimensions, type, offset) and of a pair (key length, type, value)
@@ -136,20 +153,21 @@ def _announced(reader: _Reader) -> tuple[int, int]:
             alignment = value
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"an alignment of {alignment}, not a power of two")
-    end, names = 0, set()
+    end, kinds = 0, {}
     for _ in range(tensors):
-        name, nbytes, offset = _tensor(reader)
-        if name in names:
+        name, kind, nbytes, offset = _tensor(reader)
+        if name in kinds:
             raise ValueError(f"the tensor {name!r} twice")
         if offset % alignment:
             raise ValueError(f"the offset {offset} of {name!r}, no multiple of the alignment {alignment}")
-        names.add(name)
+        kinds[name] = kind
         end = max(end, offset + nbytes)
-    return tensors, -(-reader.at // alignment) * alignment + end
+    whole = -(-reader.at // alignment) * alignment + end
+    return {name.decode("utf-8", "replace"): kind for name, kind in kinds.items()}, whole
 
 
-def _tensor(reader: _Reader) -> tuple[bytes, int, int]:
-    """Name, bytes and offset of the next tensor."""
+def _tensor(reader: _Reader) -> tuple[bytes, int, int, int]:
+    """Name, type, bytes and offset of the next tensor."""
     name = reader.string()
     if not 0 < len(name) < _LONGEST_NAME:
         raise ValueError(f"a tensor's name of {len(name)} bytes: {name[:40]!r}")
@@ -168,4 +186,4 @@ def _tensor(reader: _Reader) -> tuple[bytes, int, int]:
         raise ValueError(f"a tensor of the shape {shape}: {name!r}")
     if shape[0] % block:
         raise ValueError(f"rows of {shape[0]} weights in blocks of {block}: {name!r}")
-    return name, count // block * nbytes, offset
+    return name, kind, count // block * nbytes, offset
