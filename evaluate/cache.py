@@ -90,6 +90,19 @@ def cached_generate(
     return _cached(engine, cache, settings, keys, Generation, compute, on_done, on_result)
 
 
+def merge_cache(cache: Path, other: Path) -> None:
+    """Add the finished requests of another file to a cache.
+
+    Raises:
+        UserError: one of the two is no such file.
+    """
+    with _opened(cache) as store:
+        store.execute("ATTACH ? AS other", (str(other),))
+        store.execute("INSERT OR IGNORE INTO results SELECT * FROM other.results")
+        store.commit()
+        store.execute("DETACH other")
+
+
 def _ids(ids: Sequence[int]) -> bytes:
     return np.asarray([len(ids), *ids], "<i8").tobytes()
 

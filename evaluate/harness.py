@@ -53,6 +53,7 @@ class TsugikiGGUF(TemplateLM):
         bos_policies: task name → policy, beside those of the bundled tasks.
         n_gpu_layers: layers on the GPU; None: all, where llama.cpp was built for one.
         n_seq_max: sequences decoded together; None leaves it to the engine.
+        n_threads: CPU threads; None leaves it to the engine.
         cache: file in which finished requests are kept, so that a run that was killed goes on; None keeps none.
         batch_size, max_batch_size, device: lm-eval's command line passes them; the engine chooses for itself.
 
@@ -78,6 +79,7 @@ class TsugikiGGUF(TemplateLM):
         bos_policies: Mapping[str, str] | None = None,
         n_gpu_layers: int | None = None,
         n_seq_max: int | None = None,
+        n_threads: int | None = None,
         cache: str | Path | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
@@ -86,7 +88,7 @@ class TsugikiGGUF(TemplateLM):
         super().__init__()
         if truncate not in ("error", "left"):
             raise UserError(f"truncate is error or left, not {truncate!r}")
-        numbers = {"n_gpu_layers": n_gpu_layers, "n_seq_max": n_seq_max}
+        numbers = {"n_gpu_layers": n_gpu_layers, "n_seq_max": n_seq_max, "n_threads": n_threads}
         self.engine = Engine(path, **{name: int(value) for name, value in numbers.items() if value is not None})
         if max_length is not None:  # of one sequence; the memory for many is the engine's affair
             self.engine.context = min(self.engine.context, int(max_length))

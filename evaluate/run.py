@@ -21,6 +21,7 @@ from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.gguf_file import check_gguf
 from tsugiki.evaluate.suites import Benchmark, draw_shots_anew, first_line, quiet, shot_seed
 from tsugiki.intervals import clustered_stderr
+from tsugiki.pool import run_here, runner
 from tsugiki.results import Result, replace_results
 
 LONGEST = 8  # prompts of a task, the longest by bytes, that are encoded to see whether they fit the context
@@ -211,19 +212,24 @@ def _build(task, benchmark: Benchmark, settings: BenchmarkSettings, template: Ca
 
 
 @contextmanager
-def opened(model: Model, settings: BenchmarkSettings, *, cache: Path | None = None, probe: bool = False) -> Iterator[Any]:
+def opened(
+    model: Model, settings: BenchmarkSettings, *, cache: Path | None = None, probe: bool = False, threads: int | None = None
+) -> Iterator[Any]:
     """A model as lm-eval knows it: a :class:`TsugikiGGUF`, or lm-eval's own class for Hugging Face models.
 
     Args:
         cache: folder for finished requests, of all models.
         probe: only its tokenizer, context and chat template are asked for.
+        threads: CPU threads at most; None: all that help.
     """
     if model.is_gguf:
+        from tsugiki.evaluate.engine import thread_count
         from tsugiki.evaluate.harness import TsugikiGGUF
 
         lm = TsugikiGGUF(
             model.path, tokenizer=model.tokenizer, max_length=settings.context, truncate="left" if settings.truncate else "error",
             n_gpu_layers=0 if probe else settings.n_gpu_layers, cache=cache and cache / "requests.sqlite",
+            n_threads=threads and min(threads, thread_count(model.path)),
         )  # fmt: skip
         with closing(lm):
             yield lm
@@ -233,6 +239,8 @@ def opened(model: Model, settings: BenchmarkSettings, *, cache: Path | None = No
         import torch
         from lm_eval.models.huggingface import HFLM
 
+        if threads:
+            torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = HFLM(pretrained=str(model.path), device=device, batch_size=settings.batch_size)
         lm.requests_kept = cache and str(cache / f"requests-hf-{fingerprint(model.path)[:16]}")
@@ -296,24 +304,64 @@ def run_benchmarks(
     """
     with quiet():
         check_models(models, benchmarks, settings)
-        rows = []
-        for model in models:
-            folder = model_folder(out, model.name)
-            folder.mkdir(parents=True, exist_ok=True)
-            parts = []
-            with opened(model, settings, cache=out) as lm:
-                for benchmark in benchmarks:
-                    began = time.monotonic()
-                    found = _evaluate(lm, benchmark, settings)
-                    new, items = score_rows(model, benchmark, found, lm, settings)
-                    write_jsonl(items_path(out, model.name, benchmark.name), items)
-                    if results is not None:
-                        _keep(results, model, benchmark, new)
-                    rows += new
-                    parts.append((benchmark, found))
-                    say(_sentence(new, time.monotonic() - began))
-                _write_lm_eval(folder, model, lm, parts, [r for r in rows if r["model"] == model.name], settings)
-    return rows
+        if runner.get() is run_here:
+            scores = _score_here(models, benchmarks, settings, out)
+        else:
+            from tsugiki.evaluate.fanout import score_apart
+
+            scores = score_apart(models, benchmarks, settings, out)
+        parts: dict[str, dict[str, Scored]] = {model.name: {} for model in models}
+        for model, benchmark, scored in scores:
+            write_jsonl(items_path(out, model.name, benchmark.name), scored.items)
+            if results is not None:
+                _keep(results, model, benchmark, scored.rows)
+            parts[model.name][benchmark.name] = scored
+            say(_sentence(scored.rows, scored.seconds))
+            if len(parts[model.name]) == len(benchmarks):
+                _write_lm_eval(model_folder(out, model.name), model, [(b, parts[model.name][b.name]) for b in benchmarks], settings)
+    return [row for model in models for benchmark in benchmarks for row in parts[model.name][benchmark.name].rows]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model on one task.
+
+    Attributes:
+        found: what lm-eval's ``evaluate`` returned.
+        rows, items: of :func:`score_rows`.
+        seconds: it took.
+        told: of :func:`told_of`.
+    """
+
+    found: dict
+    rows: list[dict]
+    items: list[dict]
+    seconds: float
+    told: tuple[str | None, dict]
+
+
+def _score_here(
+    models: Sequence[Model], benchmarks: Sequence[Benchmark], settings: BenchmarkSettings, out: Path
+) -> Iterator[tuple[Model, Benchmark, Scored]]:
+    for model in models:
+        out.mkdir(parents=True, exist_ok=True)
+        with opened(model, settings, cache=out) as lm:
+            told = told_of(lm, settings)
+            for benchmark in benchmarks:
+                yield model, benchmark, score(lm, model, benchmark, settings, told)
+
+
+def told_of(lm, settings: BenchmarkSettings) -> tuple[str | None, dict]:
+    """A model's chat template, where it is used, and what the model says of itself."""
+    return lm.chat_template(True) if settings.chat else None, lm.get_model_info() if hasattr(lm, "get_model_info") else {}
+
+
+def score(lm, model: Model, benchmark: Benchmark, settings: BenchmarkSettings, told: tuple[str | None, dict]) -> Scored:
+    """Score an opened model on one task."""
+    began = time.monotonic()
+    found = _evaluate(lm, benchmark, settings)
+    rows, items = score_rows(model, benchmark, found, lm, settings)
+    return Scored(found, rows, items, time.monotonic() - began, told)
 
 
 def model_folder(out: Path, model: str) -> Path:
@@ -491,21 +539,19 @@ def _sentence(rows: Sequence[dict], seconds: float) -> str:
 # --- lm-eval's own files ----------------------------------------------------------------------------------------
 
 
-def _write_lm_eval(
-    folder: Path, model: Model, lm, parts: Sequence[tuple[Benchmark, dict]], rows: Sequence[dict], settings: BenchmarkSettings
-) -> None:
+def _write_lm_eval(folder: Path, model: Model, parts: Sequence[tuple[Benchmark, Scored]], settings: BenchmarkSettings) -> None:
     """``results_<date>.json`` and ``samples_<task>_<date>.jsonl`` as lm-eval 0.4.13's own tracker writes them."""
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker(output_path=str(folder.parent))
-    template = lm.chat_template(True) if settings.chat else None
+    template, info = parts[0][1].told
     tracker.general_config_tracker.log_experiment_args(
         model_source="tsugiki-gguf" if model.is_gguf else "hf", model_args={"model": model.name, "path": str(model.path)},
         system_instruction=None, chat_template=template, fewshot_as_multiturn=True,
     )  # fmt: skip
     results: dict[str, Any] = {}
-    for _, found in parts:
-        for key, value in found.items():
+    for _, scored in parts:
+        for key, value in scored.found.items():
             results[key] = results.get(key, {}) | value if isinstance(value, dict) else value
     samples = results.pop("samples")
     for benchmark, _ in parts:
@@ -516,10 +562,9 @@ def _write_lm_eval(
         "model": "tsugiki-gguf" if model.is_gguf else "hf", "model_args": {"path": str(model.path)}, "limit": settings.limit,
         "random_seed": 0, "numpy_seed": 1234, "tsugiki": asdict(settings),
     }  # fmt: skip
-    if hasattr(lm, "get_model_info"):
-        results["config"] |= lm.get_model_info()
+    results["config"] |= info
     results["tsugiki"] = {  # what lm-eval's layout has no place for: data, rates and ties of each task
-        b.name: next((r["settings"] for r in rows if r["main"] and r["name"] == b.name), {}) for b, _ in parts
+        b.name: next((r["settings"] for r in scored.rows if r["main"]), {}) for b, scored in parts
     }
     results["date"], results["lm_eval_version"] = time.time(), importlib.metadata.version("lm_eval")
     tracker.save_results_aggregated(results=results, samples=samples)

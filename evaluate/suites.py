@@ -12,7 +12,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ def _suites(metadata: Mapping) -> list[str]:
     return [suites] if isinstance(suites, str) else list(suites)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """By what a task was loaded, so that another process can load it too."""
+
+    name: str
+    include: tuple[Path, ...]
+    revision: str | None
+
+
 @dataclass
 class Benchmark:
     """A chosen task (or a group, with its subtasks), loaded.
@@ -99,6 +108,7 @@ class Benchmark:
         metadata: the task's or group's.
         tasks, groups: lm-eval's objects by name.
         read: which data was read (:meth:`data`).
+        asked: by what it was loaded.
     """
 
     name: str
@@ -106,6 +116,7 @@ class Benchmark:
     tasks: dict[str, Any]
     groups: dict[str, Any]
     read: list[dict] = field(default_factory=list)
+    asked: Asked | None = None
 
     def data(self) -> dict[str, Any]:
         """Where the data lives, and which of it was read: JSON-ready.
@@ -192,7 +203,8 @@ def _load_all(
                 raise _NotHere(f"{name} runs code that the model writes: it needs --allow-code, and then runs it in a sandbox")
             if unsafe:
                 _see_the_sandbox(name)
-            found += loaded
+            asked = Asked(name, tuple(include), revisions.get(name))
+            found += [replace(benchmark, asked=asked) for benchmark in loaded]
         except _NotHere as error:
             if name in named:
                 problems.append(str(error))
