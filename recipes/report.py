@@ -7,7 +7,6 @@ out; the numbers are those of the stage files and are not computed again here.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -16,10 +15,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
+from jinja2 import Undefined
 from markupsafe import Markup
 
 from tsugiki.artifacts import read_json, write_text
+from tsugiki.page import environment
+from tsugiki.page import render as fill
 from tsugiki.quantize.sensitivity import heat_map
 from tsugiki.recipes.judged import read_judged
 from tsugiki.recipes.summary import STAGES, level_changes, level_rows, read_stages, run_name
@@ -117,24 +118,10 @@ def render(run_dir: Path) -> str:
     stages = read_stages(run_dir)
     timings = _timings(run_dir)
     view = _view(run_dir, stages, timings) | {"scaling": scaling_page(run_dir)}
-    environment = Environment(
-        loader=PackageLoader("tsugiki.recipes", "."),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, score=_score, size=_size, count=_count, plain=_plain)
-    environment.filters.update(share=_share, reason_ja=reason_ja, visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
-    return environment.get_template("report.html").render(**view, embedded=embed_json(_chart_data(view)))
-
-
-def embed_json(value: Any) -> Markup:
-    """JSON that may stand inside a script element: no ``<``, ``>`` or ``&`` and no line separators are left bare."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    page = environment("tsugiki.recipes")
+    page.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, score=_score, size=_size, count=_count, plain=_plain)
+    page.filters.update(share=_share, reason_ja=reason_ja, visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
+    return fill(page, "report.html", view, _chart_data(view))
 
 
 def data_verdict(sweep: dict[str, Any]) -> Text:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tsugiki.recipes.report import data_verdict, embed_json, reason_ja, write_report
+from tsugiki.page import embed_json
+from tsugiki.recipes.report import data_verdict, reason_ja, write_report
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 write_run, stage_files = synthetic["write_run"], synthetic["stage_files"]

@@ -6,17 +6,15 @@ again here.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment, PackageLoader
-from markupsafe import Markup
-
 from tsugiki.artifacts import write_text
 from tsugiki.evaluate.scaling.figures import AXIS_NAMES, TASK_NAMES
+from tsugiki.page import environment
+from tsugiki.page import render as fill
 
 VERDICTS = {
     "more efficient": ("より効率的", "more efficient"),
@@ -52,15 +50,9 @@ def write_page(result: Mapping[str, Any], path: Path | str) -> None:
 
 def render(result: Mapping[str, Any]) -> str:
     """The page as text. Every value is escaped; the embedded JSON cannot end its script element."""
-    environment = Environment(
-        loader=PackageLoader("tsugiki.evaluate.scaling", "."),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(num=_num, power=_power, size=_size, billions=_billions, note_ja=note_ja)
-    environment.tests["contains_pc"] = lambda text, k: f"PC{k}:" in text
+    page = environment("tsugiki.evaluate.scaling")
+    page.filters.update(num=_num, power=_power, size=_size, billions=_billions, note_ja=note_ja)
+    page.tests["contains_pc"] = lambda text, k: f"PC{k}:" in text
     laws = [law for law in result["laws"] if "points" in law]
     view = {
         "r": result,
@@ -92,15 +84,7 @@ def render(result: Mapping[str, Any]) -> str:
         "point_kinds": POINT_KINDS,
         "verdicts": VERDICTS,
     }
-    return environment.get_template("page.html").render(**view, embedded=_embed(data))
-
-
-def _embed(value: Any) -> Markup:
-    """JSON that may stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return fill(page, "page.html", view, data)
 
 
 def source_words(result: Mapping[str, Any]) -> tuple[str, str]:
