@@ -62,6 +62,7 @@ class Memory:
         working: what comes and goes at the worst moment: a layer's backward pass (with checkpointing, its recomputed
             activations too) or the logits with their gradients, whichever is more; and a dequantized matrix.
         outside: CUDA context and fragmentation, which torch's own count does not see.
+        offloaded: what waits in main memory, page-locked; not on the card.
     """
 
     weights: int
@@ -71,6 +72,7 @@ class Memory:
     activations: int
     working: int
     outside: int
+    offloaded: int = 0
 
     @property
     def allocated(self) -> int:
@@ -92,6 +94,7 @@ class Plan:
         rank: of the adapter.
         four_bit: NF4 base.
         checkpointing: activations are computed again in the backward pass.
+        offload: what they are computed from waits in main memory.
         micro_batch: samples a forward pass.
         memory: the prediction.
         card: bytes of the card.
@@ -101,6 +104,7 @@ class Plan:
     rank: int
     four_bit: bool
     checkpointing: bool
+    offload: bool
     micro_batch: int
     memory: Memory
     card: int
@@ -210,7 +214,8 @@ def working_bytes(
 
 
 def predict(
-    base: Profile, *, sequence: int, rank: int, micro_batch: int, four_bit: bool, checkpointing: bool, learned: int | None = None
+    base: Profile, *, sequence: int, rank: int, micro_batch: int, four_bit: bool, checkpointing: bool, offload: bool = False,
+    learned: int | None = None,
 ) -> Memory:
     """Peak memory of a fit on a GPU; the matrices that DoRA makes besides are not in it.
 
@@ -221,9 +226,13 @@ def predict(
         micro_batch: samples a forward pass.
         four_bit: NF4 base, bf16 adapter, paged 8-bit AdamW; else a bf16 base, float32 adapter and AdamW.
         checkpointing: activations are computed again in the backward pass.
+        offload: with checkpointing, all that the forward pass keeps waits in main memory, one layer's input at a time
+            comes back, ``2H`` a token. What the final norm keeps is copied for each of its two uses, ``4H + 4``.
         learned: completion tokens of a sample; none: all of them, the worst case.
     """
     _check(base)
+    if offload and not checkpointing:
+        raise ValueError("offload without checkpointing is not what a fit does")
     numerics = QLORA if four_bit else LORA_GPU
     weights = weight_bytes(base, four_bit=four_bit)
     adapter, gradients, optimizer = adapter_bytes(base, rank, four_bit=four_bit)
@@ -232,8 +241,11 @@ def predict(
         base, rank, micro_batch, sequence, numerics, checkpointing=checkpointing, four_bit=four_bit,
         learned=sequence if learned is None else min(learned, sequence),
     )
+    offloaded, tokens = 0, micro_batch * sequence
+    if offload:
+        offloaded, activations = activations + tokens * (4 * base.hidden + 4), tokens * 2 * base.hidden
     outside = CUDA_CONTEXT + int(FRAGMENTATION * (activations + working))
-    return Memory(weights, adapter, gradients, optimizer, activations, working, outside)
+    return Memory(weights, adapter, gradients, optimizer, activations, working, outside, offloaded)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------
@@ -243,10 +255,11 @@ def plan(
     base: Profile, card: int, *, sequence: int, rank: int = 16, batch_size: int = 16, four_bit: bool | None = None,
     learned: int | None = None, others: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Choose micro-batch and checkpointing for a card.
+    """Choose micro-batch, checkpointing and offload for a card.
 
     Without checkpointing where a pass can still hold ``TOKENS_THAT_FILL_A_GPU`` tokens (or the whole batch), else with
-    it; then the largest micro-batch that fits.
+    it; with offload where one sample a pass fits in no other way, for each layer then waits for the bus. Of each, the
+    largest micro-batch that fits.
 
     Args:
         base: profile of the base.
@@ -271,19 +284,20 @@ def plan(
     if four_bit is None:
         four_bit = 2 * base.parameters > FOUR_BIT_FROM
 
-    def memory(micro_batch: int, checkpointing: bool) -> Memory:
+    def memory(micro_batch: int, checkpointing: bool, offload: bool) -> Memory:
         return predict(base, sequence=sequence, rank=rank, micro_batch=micro_batch, four_bit=four_bit,
-                       checkpointing=checkpointing, learned=learned)
+                       checkpointing=checkpointing, offload=offload, learned=learned)
 
     sizes = [m for m in range(batch_size, 0, -1) if batch_size % m == 0]
-    for checkpointing in (False, True):
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
         for micro_batch in sizes:
             enough = checkpointing or micro_batch * sequence >= TOKENS_THAT_FILL_A_GPU or micro_batch == batch_size
-            if enough and memory(micro_batch, checkpointing).total <= card:
-                return Plan(sequence, rank, four_bit, checkpointing, micro_batch, memory(micro_batch, checkpointing), card)
-    least = memory(1, True)
+            needed = memory(micro_batch, checkpointing, offload)
+            if enough and needed.total <= card:
+                return Plan(sequence, rank, four_bit, checkpointing, offload, micro_batch, needed, card)
+    least = memory(1, True, True)
     raise UserError(
-        f"the fit needs {least.total / GIB:.2f} GiB at micro-batch 1 with checkpointing, the card has {card / GIB:.2f} GiB",
+        f"the fit needs {least.total / GIB:.2f} GiB at micro-batch 1 with checkpointing and offload, the card has {card / GIB:.2f} GiB",
         hint=f"What would fit: {'; '.join(_remedies(base, card, sequence, rank, four_bit, learned, others or {}))}.",
     )
 
@@ -295,7 +309,7 @@ def _remedies(
 
     def fits(shape: Profile = base, **changes) -> bool:
         wanted = {"sequence": sequence, "rank": rank, "four_bit": four_bit, "learned": learned, **changes}
-        return predict(shape, micro_batch=1, checkpointing=True, **wanted).total <= card
+        return predict(shape, micro_batch=1, checkpointing=True, offload=True, **wanted).total <= card
 
     found = []
     if not four_bit and fits(four_bit=True):
@@ -317,7 +331,7 @@ def _remedies(
         names = [name for name, count in sorted(others.items(), key=lambda o: -o[1]) if count <= most][:3]
         named = f" ({', '.join(names)})" if names else ""
         found.append(f"a smaller base, of about {most / 1e9:.1f}B parameters in NF4{named}")
-    need = predict(base, sequence=sequence, rank=rank, four_bit=four_bit, learned=learned, micro_batch=1, checkpointing=True).total
+    need = predict(base, sequence=sequence, rank=rank, four_bit=four_bit, learned=learned, micro_batch=1, checkpointing=True, offload=True).total
     found.append(f"a card of {math.ceil(need / GIB)} GB")
     return found
 

@@ -91,7 +91,7 @@ def adapt_plan(
     completion: Annotated[int | None, typer.Option(min=1, help="Tokens of the longest answer; none: the whole sample.")] = None,
     four_bit: Annotated[bool | None, typer.Option(help="NF4 base (QLoRA); none: from 4 GB of weights.")] = None,
 ) -> None:
-    """Say whether a fit goes on a card, with which micro-batch and checkpointing; nothing is loaded or trained."""
+    """Say whether a fit goes on a card, with which micro-batch, checkpointing and offload; nothing is loaded or trained."""
     from tsugiki.adapt.plan import GIB, card_bytes, plan
     from tsugiki.bases import profile
     from tsugiki.recipes.recipe import BASES
@@ -108,9 +108,10 @@ def adapt_plan(
         table.add_row(label, f"{getattr(found.memory, name) / GIB:.2f}")
     table.add_row("in all", f"{found.memory.total / GIB:.2f} of {found.card / GIB:.2f}", style="bold")
     stdout().print(table)
-    stdout().print(f"micro-batch {found.micro_batch} of {batch_size}, gradient checkpointing {'on' if found.checkpointing else 'off'}")
+    stdout().print(f"micro-batch {found.micro_batch} of {batch_size}, gradient checkpointing {'on' if found.checkpointing else 'off'}"
+                   + (f", its activations in main memory ({found.memory.offloaded / GIB:.2f} GiB)" if found.offload else ""))
     changes = {"rank": rank, "alpha": 2 * rank, "batch_size": batch_size, "micro_batch": found.micro_batch,
-               "checkpointing": str(found.checkpointing).lower(), "four_bit": str(found.four_bit).lower()}
+               "checkpointing": str(found.checkpointing).lower(), "offload": str(found.offload).lower(), "four_bit": str(found.four_bit).lower()}
     stdout().print(" ".join(f"--set sweep.{key}={value}" for key, value in changes.items()), soft_wrap=True)
 
 

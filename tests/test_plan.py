@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.adapt.loss import batch_loss, summed_loss
+from tsugiki.adapt.loss import batch_loss, in_main_memory, summed_loss
 from tsugiki.adapt.plan import (
     GIB,
     LORA_CPU,
@@ -273,17 +273,57 @@ def test_a_plan_fits_its_card_and_the_next_larger_one_does_not(folder, name, gib
     except UserError as error:
         assert f"the card has {gib:.2f} GiB" in str(error)
         wanted = four_bit if four_bit is not None else 2 * base.parameters > 4e9
-        least = predict(base, sequence=sequence, rank=rank, micro_batch=1, four_bit=wanted, checkpointing=True)
+        least = predict(base, sequence=sequence, rank=rank, micro_batch=1, four_bit=wanted, checkpointing=True, offload=True)
         assert least.total > gib * GIB
         return
     asked = {"sequence": sequence, "rank": rank, "four_bit": found.four_bit}
     assert found.memory.total <= gib * GIB
     assert 16 % found.micro_batch == 0
     if found.micro_batch < 16:
-        assert predict(base, micro_batch=2 * found.micro_batch, checkpointing=found.checkpointing, **asked).total > gib * GIB
+        assert predict(base, micro_batch=2 * found.micro_batch, checkpointing=found.checkpointing, offload=found.offload, **asked).total > gib * GIB
+    if found.offload:  # only where nothing else fits
+        assert found.checkpointing and found.memory.offloaded > 0
+        assert predict(base, micro_batch=1, checkpointing=True, **asked).total > gib * GIB
     if found.checkpointing:
         enough = next(m for m in (1, 2, 4, 8, 16) if m * sequence >= 2048 or m == 16)
         assert predict(base, micro_batch=enough, checkpointing=False, **asked).total > gib * GIB
+
+
+def test_offload_is_chosen_where_it_alone_makes_a_long_sequence_fit(folder):
+    """Layer inputs of 32 layers, 2 · 4,096 bytes a token each: 2 GiB at 8,192 tokens."""
+    base, _ = published("llama-3-8b", folder)
+    without = predict(base, sequence=8192, rank=16, micro_batch=1, four_bit=True, checkpointing=True)
+    card = without.total - GIB
+    found = plan(base, card, sequence=8192)
+    assert (found.checkpointing, found.offload, found.micro_batch) == (True, True, 1)
+    assert found.memory.offloaded > without.activations > 2 * GIB
+    assert without.allocated - found.memory.allocated == without.activations - 2 * 4096 * 8192
+    assert not plan(base, without.total, sequence=8192).offload
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_what_waits_in_main_memory_is_what_was_predicted(kind, folder):
+    """Counted at a real pass: every tensor that :func:`in_main_memory` takes, the weights excepted."""
+    base, config = small(kind, 0, folder)
+    rank, micro_batch, sequence = 16, 2, 192
+    model = adapted(config, rank, QLORA)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    ids, mask = batch(micro_batch, sequence)
+    taken = []
+    body = model.get_base_model().model
+    context = in_main_memory(body)
+
+    def pack(tensor):
+        packed = context.pack_hook(tensor)
+        if packed[0] is not None:
+            taken.append(packed[1].nbytes)
+        return packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, context.unpack_hook):
+        body(input_ids=ids, attention_mask=mask, use_cache=False)
+    predicted = predict(base, sequence=sequence, rank=rank, micro_batch=micro_batch, four_bit=True, checkpointing=True, offload=True)
+    assert sum(taken) == pytest.approx(predicted.offloaded, rel=0.02)
 
 
 def test_more_of_anything_needs_more(folder):
@@ -351,6 +391,7 @@ def test_the_command_says_what_to_set(folder, monkeypatch, capsys):
     domain = load_domain(str(next(iter(list_domains().values()))))
     fit = settle(domain, changes, large=True).sweep.fit
     assert (fit.rank, fit.batch_size, fit.four_bit, fit.checkpointing) == (16, 16, True, True)
+    assert fit.offload is False
     assert fit.micro_batch == int(re.search(r"micro-batch (\d+) of 16", out)[1])
 
 
