@@ -88,11 +88,16 @@ TASK_NAMES: dict[str, tuple[str, str]] = {
     "mgsm_ja": ("MGSM（日本語）", "Japanese MGSM"),
     "xwino": ("XWINO（英語）", "English XWINO"),
     "lawqa_jp": ("lawqa_jp（法律の四択）", "lawqa_jp, legal questions"),
-    **{f"tsugiki_likelihood_{key}": (f"{ja}の正答", f"{en}, right answers") for key, ja, en in (
-        ("niilc", "NIILC", "NIILC"), ("jemhopqa", "JEMHopQA", "JEMHopQA"), ("jmmlu_culture", "JMMLU（日本文化）", "JMMLU (culture)"),
+    **{f"tsugiki_likelihood_{key}": (f"{ja}の正答", f"{en} (right answers)") for key, ja, en in (
+        ("niilc", "NIILC", "NIILC"), ("jemhopqa", "JEMHopQA", "JEMHopQA"), ("jmmlu_culture", "JMMLU（日本文化）", "JMMLU culture"),
         ("jcommonsenseqa", "JCommonsenseQA", "JCommonsenseQA"), ("mgsm_ja", "MGSM（日本語）", "Japanese MGSM"),
         ("xwinograd_ja", "XWINO（日本語）", "Japanese XWINO"))},
 }
+MALFORMED_NAMES: dict[str, tuple[str, str]] = {
+    "no rating": ("点がない", "no rating"), "empty": ("空", "empty"), "several ratings": ("点が複数", "several ratings"),
+    "outside the scale": ("範囲の外", "outside the scale"), "cut off": ("途中で切れた", "cut off"),
+    "did not fit the context": ("文脈に入らない", "did not fit the context"),
+}  # fmt: skip
 PACKAGES = ("tsugiki", "torch", "transformers", "peft", "trl", "optuna", "llama-cpp-python", "gguf", "numpy")
 
 
@@ -204,6 +209,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "score_name": SCORE_NAMES.get(evaluated.get("scoring", ""), ("スコア", "Score")),
         "scores": sorted(scores, key=lambda group: -group["n"])[:6] if len(scores) > 8 else scores,
         "judged": read_judged(run_dir),
+        "malformed_names": MALFORMED_NAMES,
         "examples": _in_turn(evaluated.get("examples", [])),
         "level_items": _items(check),
         "task_count": len(scores),
