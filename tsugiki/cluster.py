@@ -94,6 +94,10 @@ def _connect(address: str):
             if address != "auto":
                 raise
             ray.init(address="local", include_dashboard=False, **quiet)
+            listening = {node["NodeManagerAddress"] for node in ray.nodes()}
+            if listening != {"127.0.0.1"}:  # Ray was imported before this, and asked for no such thing
+                ray.shutdown()
+                raise RuntimeError(f"it would listen on {', '.join(listening)}, where others can reach it")
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, ImportError, gRPC's own …
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the Ray cluster {address} cannot be reached: {said}", hint=hint) from error
@@ -271,7 +275,10 @@ def _work(parcel: list) -> dict:
     told, ended = folder / "progress.json", threading.Event()
     watch = threading.Thread(target=_report, args=(told, ended, board, number), daemon=True)
     watch.start()
+    made = [(path, _under(folder, path)) for path in order["writes"]]
     try:
+        for _, place in made:
+            place.parent.mkdir(parents=True, exist_ok=True)
         places = {path: _fetch(path, *offer, order["session"]) for path, offer in order["inputs"].items()}
         module, name = order["function"]
         call = getattr(importlib.import_module(module), name)
@@ -281,7 +288,6 @@ def _work(parcel: list) -> dict:
     finally:
         ended.set()
         watch.join()
-    made = [(path, _under(folder, path)) for path in order["writes"]]
     files = [(path, _pack(place, np.array)) for path, place in made if place.exists()]
     shutil.rmtree(folder)
     return {"result": result, "files": files}
