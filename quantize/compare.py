@@ -27,7 +27,7 @@ from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
 WIDTH = 8  # sequences decoded together: 16 took a third more time on a CPU, attention runs over all of them
 CHUNK = 131_072  # logits of one file that are worked on at a time: four such rows of float32 stay in the cache
-LEAF = 1024  # values summed in float32 before the sums are summed in float64
+LEAF = 256  # values summed in float32 before the sums are summed in float64
 BLOCK = 512  # logits of which the largest is found first, when the five largest of a row are wanted
 
 # --- children ---------------------------------------------------------------------------------------------------
@@ -242,10 +242,9 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray, threads: int |
 
     With each file's logits less their largest, ``u = x − max x``, and ``m = Σ exp u``:
     ``KL(p ‖ q) = Σ p · (u_p − u_q) / Σ p − log(m_p / m_q)`` over the whole vocabulary. The differences are small numbers and
-    nearly exact in float32; sums over 1,024 values are float32 (in numpy's pairwise order), their sums and
-    the logarithms float64. Dividing by ``Σ p`` keeps
-    the rounding of ``p`` out. What rounding leaves below zero is cut off. Rows are worked on a few at a time, in the processor's cache,
-    by one thread a core.
+    nearly exact in float32; sums over 256 values are float32, their sums and the logarithms float64. Dividing by
+    ``Σ p`` keeps the rounding of ``p`` out. What rounding leaves below zero is cut off. Rows are worked on a few at a
+    time, in the processor's cache, by one thread a core.
 
     Args:
         logits: float32 ``(R, V)`` of each file.
@@ -263,7 +262,7 @@ def divergence(logits: Sequence[np.ndarray], targets: np.ndarray, threads: int |
 
     def work(thread: int) -> None:
         # rows padded with zeros to whole leaves; written below width only
-        scratch = np.zeros((3, step, -(-width // LEAF) * LEAF), np.float32)
+        scratch = np.zeros((4, step, -(-width // LEAF) * LEAF), np.float32)
         for start in range(thread * step, number, threads * step):
             rows = slice(start, min(start + step, number))
             _divergence([x[rows] for x in logits], targets[rows], scratch, {k: v[:, rows] for k, v in found.items()})
@@ -280,37 +279,34 @@ def _divergence(logits: Sequence[np.ndarray], targets: np.ndarray, scratch: Sequ
     number, width = logits[0].shape
     row = np.arange(number)
     p, other = (x[:number] for x in scratch[:2])
-    below = scratch[2][:number, :width]  # the reference's logits less their largest
+    below, gap = (x[:number, :width] for x in scratch[2:])  # logits less their largest, the reference's and a file's
 
-    def exponentials(x: np.ndarray, top: np.ndarray, out: np.ndarray) -> np.ndarray:
-        np.subtract(x, top[:, None], out=out[:, :width])
-        np.exp(out[:, :width], out=out[:, :width])
-        return _sum(out)
+    def exponentials(x: np.ndarray, top: np.ndarray, less: np.ndarray, out: np.ndarray) -> np.ndarray:
+        np.subtract(x, top[:, None], out=less)
+        np.exp(less, out=out[:, :width])
+        return _sum("rij->ri", out)
 
     reference = logits[0]
     five = _five_largest(reference)
     values = reference[row[:, None], five]
     best, top = five[row, values.argmax(axis=1)], values.max(axis=1)
-    mass = exponentials(reference, top, p)
-    np.subtract(reference, top[:, None], out=below)
+    mass = exponentials(reference, top, below, p)
     found["nll"][0] = top + np.log(mass) - reference[row, targets]
     found["top1"][0] = found["top5"][0] = 1
     for i, x in enumerate(logits[1:], 1):
         own_five = x[row[:, None], _five_largest(x)]
         own_top = own_five.max(axis=1)
-        log_mass = np.log(exponentials(x, own_top, other))
-        gap = np.subtract(x, own_top[:, None], out=other[:, :width])
-        np.subtract(below, gap, out=gap)
-        gap *= p[:, :width]
+        log_mass = np.log(exponentials(x, own_top, gap, other))
+        np.subtract(below, gap, out=other[:, :width])
         found["nll"][i] = own_top + log_mass - x[row, targets]
-        found["kld"][i] = np.maximum(_sum(other) / mass - (np.log(mass) - log_mass), 0)
+        found["kld"][i] = np.maximum(_sum("rij,rij->ri", p, other) / mass - (np.log(mass) - log_mass), 0)
         found["top1"][i] = x[row, best] == own_top
         found["top5"][i] = (x[row[:, None], five] >= own_five.min(axis=1)[:, None]).mean(axis=1)
 
 
-def _sum(x: np.ndarray) -> np.ndarray:
-    """Sums of the rows, float64: leaves in float32."""
-    return x.reshape(len(x), -1, LEAF).sum(axis=2).sum(axis=1, dtype=np.float64)
+def _sum(terms: str, *rows: np.ndarray) -> np.ndarray:
+    """Sums of the rows, or of two arrays' products, float64: leaves in float32, nothing written between."""
+    return np.einsum(terms, *(x.reshape(len(x), -1, LEAF) for x in rows)).sum(axis=1, dtype=np.float64)
 
 
 def _five_largest(x: np.ndarray) -> np.ndarray:
