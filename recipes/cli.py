@@ -27,6 +27,7 @@ from tsugiki.recipes.terminal import (
     BaseOption,
     DataOption,
     DomainArgument,
+    RayOption,
     RunsOption,
     SetOption,
     number_text,
@@ -55,13 +56,16 @@ def recipe_run(
     data_dir: DataOption = None,
     stages: Annotated[str, typer.Option(help="Stages to run, comma-separated; empty: all.")] = "",
     set_: SetOption = None,
+    ray: RayOption = None,
 ) -> None:
     """Run the recipe: data → sweep → gguf → levels → check → evaluate → report. Finished stages are skipped."""
+    from tsugiki.cluster import connected
     from tsugiki.recipes.recipe import STAGES, open_run, run_recipe
 
     run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_)
     wanted = tuple(s.strip() for s in stages.split(",") if s.strip()) or STAGES
-    folder = run_recipe(run, wanted)
+    with connected(ray):
+        folder = run_recipe(run, wanted)
     if (folder / "summary.json").exists() and "report" in wanted:
         show_summary(folder)
 
@@ -130,15 +134,17 @@ def recipe_bases(
     bases: Annotated[str, typer.Option("--bases", help="Names from `tsugiki recipe list` or folders, comma-separated.")] = "tiny-llama,tiny-qwen,tiny-llmjp",
     n: Annotated[int | None, typer.Option("--n", min=1, help="Training samples, the same for all; none: the domain's largest count up to 1,000.", show_default=False)] = None,
     seeds: Annotated[str, typer.Option(help="One fit of each base for each seed, comma-separated.")] = "0",
-    runs: RunsOption = Path("runs"), data_dir: DataOption = None, set_: SetOption = None,
+    runs: RunsOption = Path("runs"), data_dir: DataOption = None, set_: SetOption = None, ray: RayOption = None,
 ) -> None:
     """Compare bases on the same samples: task score, bits per character, cost, what was forgotten, and which one to take."""
+    from tsugiki.cluster import connected
     from tsugiki.recipes.compare_bases import compare_bases
 
     if not all(part.strip().isdigit() for part in seeds.split(",")):
         raise UserError(f"--seeds wants whole numbers, comma-separated, not {seeds!r}", hint="For example --seeds 0,1,2")
     named = [b.strip() for b in bases.split(",") if b.strip()]
-    path = compare_bases(domain, named, n=n, seeds=[int(s) for s in seeds.split(",")], runs=runs, data_dir=data_dir, changes=set_ or ())
+    with connected(ray):
+        path = compare_bases(domain, named, n=n, seeds=[int(s) for s in seeds.split(",")], runs=runs, data_dir=data_dir, changes=set_ or ())
     show_bases(path)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.progress import console
-from tsugiki.recipes.terminal import HELP, DataOption, RunsOption, plain_table, stage_command, stdout
+from tsugiki.recipes.terminal import HELP, DataOption, RayOption, RunsOption, plain_table, stage_command, stdout
 
 evaluate_app = typer.Typer(help="Scores of the files that ship.", **HELP)
 stage_command(evaluate_app, "domain", "evaluate", "Score the base and the adapted model on the domain's test, by kind of item.")
@@ -158,10 +158,12 @@ def evaluate_run(
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a GGUF on the GPU; else all, where there is one.", show_default=False)] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Run the code that models write (HumanEval, JHumanEval), in a sandbox.")] = False,
     revision: Annotated[list[str] | None, typer.Option(help="TASK=REV: a task's data at this revision of the hub (a commit, tag or branch), else the newest; may be repeated.", show_default=False)] = None,
+    ray: RayOption = None,
 ) -> None:
     """Score models on the papers' benchmarks, by lm-eval. Finished requests are kept; run again to go on."""
     import os
 
+    from tsugiki.cluster import connected
     from tsugiki.evaluate.run import BenchmarkSettings, find_models, run_benchmarks
     from tsugiki.evaluate.suites import load_benchmarks
     from tsugiki.recipes.recipe import BASES
@@ -175,7 +177,8 @@ def evaluate_run(
     raise_problems([f"{name!r}" for name, rev in pinned.items() if not name or not rev], what="--revision", hint="Write TASK=REV.")
     benchmarks, missing = load_benchmarks(suite or (), named, include=include or (), allow_code=allow_code, revisions=pinned)
     out = out or runs / "benchmarks"
-    rows = run_benchmarks(chosen, benchmarks, settings, out=out, results=runs / "results.sqlite", say=lambda text: console.print(escape(text)))
+    with connected(ray):
+        rows = run_benchmarks(chosen, benchmarks, settings, out=out, results=runs / "results.sqlite", say=lambda text: console.print(escape(text)))
     show_benchmarks(rows, missing, limit)
     stdout().print(f"Written: {escape(str(out))}, {escape(str(runs / 'results.sqlite'))}", soft_wrap=True)
 

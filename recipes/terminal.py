@@ -22,6 +22,10 @@ DataOption = Annotated[
     typer.Option("--data-dir", help="Folder of the domain's data (else $TSUGIKI_DATA, else ../shared/data)."),
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, as key=value; may be repeated.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help="Run sweep points and benchmarks on a Ray cluster: auto or HOST:PORT; else here.", show_default=False),
+]
 
 
 def stage_command(app: typer.Typer, name: str, stage: str, help: str) -> None:
@@ -31,11 +35,27 @@ def stage_command(app: typer.Typer, name: str, stage: str, help: str) -> None:
         domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
         data_dir: DataOption = None, set_: SetOption = None,
     ) -> None:
-        from tsugiki.recipes.recipe import open_run, run_recipe
+        run_stage_command(stage, domain, base, runs, data_dir, set_)
 
-        run_recipe(open_run(domain, base, runs=runs, data_dir=data_dir, changes=set_), (stage,))
+    def on_ray(
+        domain: DomainArgument, base: BaseOption = "tiny-llama", runs: RunsOption = Path("runs"),
+        data_dir: DataOption = None, set_: SetOption = None, ray: RayOption = None,
+    ) -> None:
+        run_stage_command(stage, domain, base, runs, data_dir, set_, ray)
 
-    app.command(name, help=help)(command)
+    app.command(name, help=help)(on_ray if stage in ("sweep", "evaluate") else command)
+
+
+def run_stage_command(
+    stage: str, domain: str, base: str, runs: Path, data_dir: Path | None, changes: list[str] | None, ray: str | None = None
+) -> None:
+    """Run one stage of the recipe, on a Ray cluster where one is named."""
+    from tsugiki.cluster import connected
+    from tsugiki.recipes.recipe import open_run, run_recipe
+
+    run = open_run(domain, base, runs=runs, data_dir=data_dir, changes=changes)
+    with connected(ray):
+        run_recipe(run, (stage,))
 
 
 def stdout() -> Console:

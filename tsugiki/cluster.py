@@ -97,7 +97,7 @@ def _connect(address: str):
             listening = {node["NodeManagerAddress"] for node in ray.nodes()}
             if listening != {"127.0.0.1"}:  # Ray was imported before this, and asked for no such thing
                 ray.shutdown()
-                raise RuntimeError(f"it would listen on {', '.join(listening)}, where others can reach it")
+                raise RuntimeError(f"it would listen on {', '.join(listening)}, where others can reach it") from None
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, ImportError, gRPC's own …
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the Ray cluster {address} cannot be reached: {said}", hint=hint) from error
@@ -280,6 +280,11 @@ def _work(parcel: list) -> dict:
         for _, place in made:
             place.parent.mkdir(parents=True, exist_ok=True)
         places = {path: _fetch(path, *offer, order["session"]) for path, offer in order["inputs"].items()}
+        for path, place in places.items():  # where the call looks for it beside what it writes
+            beside = _under(folder, path)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            if not beside.exists():
+                beside.symlink_to(place)
         module, name = order["function"]
         call = getattr(importlib.import_module(module), name)
         result = call(*_moved(ray.get(arguments), places, order["writes"], folder), threads=order["threads"], progress_file=told)
