@@ -495,6 +495,7 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
     """Files against their reference, read in lock-step; one after another, each with the reference, where memory is short.
 
     Args:
+        files: none: the NLL of the reference alone.
         memory: bytes that may be taken; by default what is available. Without an effect on a GPU's.
 
     Returns:
@@ -517,7 +518,7 @@ def measure(reference: Path | str, files: Sequence[Path | str], samples: Sequenc
         nll = np.concatenate([parts[0]["nll"][:1], *(p["nll"][1:] for p in parts)])
         return {"kl": np.concatenate([p["kl"] for p in parts]), "nll": nll, "tokens": parts[0]["tokens"]}
     if sum(sizes) > memory:
-        raise UserError(f"the two files need about {sum(sizes) / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free",
+        raise UserError(f"{'two files' if files else 'one file'} and room for computing take about {sum(sizes) / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free",
                         where=str(reference), hint="Close other programs.")
     n_ctx = context_for(samples)
     ids = [s.ids[:-1] for s in samples]

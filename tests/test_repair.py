@@ -160,7 +160,7 @@ def test_stock_is_kept_where_the_candidate_is_no_better():
 
 @pytest.mark.parametrize("first", range(8))
 def test_the_smallest_is_the_one_of_fewest_bytes_whose_interval_is_within_the_margin(tmp_path, first):
-    made = []
+    made, together = [], []
 
     def make(number, plan):
         made.append(number)
@@ -168,13 +168,16 @@ def test_the_smallest_is_the_one_of_fewest_bytes_whose_interval_is_within_the_ma
         path.write_bytes(b"x")
         return path
 
-    def held(path):
+    def held(path, alone=False):
         loss = 0.01 if path.stem == "stock" else 0.04 if int(path.stem) >= 10 * first else 0.06
-        return measured([loss], (loss,))
+        found = measured([loss], (loss,))
+        together.append(not alone)
+        return {"nll": found["nll"][1:]} if alone else found
 
     plans = [{"bytes": 10 * i} for i in range(8)]
     plan, path, found = smallest(plans, tmp_path / "stock.gguf", make, held, 0.05)
     assert plan["bytes"] == 10 * first and path.exists() and len(made) <= 4
+    assert sum(together) == 2 and len(together) == 2 + len(made)  # F16 is read for stock and for the file found, not for those tried
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert compare(found, 1)["delta_ci"] == pytest.approx((0.04, 0.04)) and compare(found, 1)["stock_kl"] == pytest.approx(0.01)
     with pytest.raises(UserError, match=r"no file loses less than 0.03 .* loses up to 0.0400"):
