@@ -239,7 +239,7 @@ _ALL = [
         ("question", "subject", "choices", "answer"), {}, hub_id="cais/mmlu", config="all",
     ),
     DataSet(
-        "triviaqa", "TriviaQA, closed book", "see the hub page", _HUB + "mandarjoshi/trivia_qa",
+        "triviaqa", "TriviaQA, closed book", "unknown, by the hub page", _HUB + "mandarjoshi/trivia_qa",
         {"train": ("train.jsonl",), "validation": ("validation.jsonl",)}, ("question", "answer"), {},
         hub_id="mandarjoshi/trivia_qa", config="rc.nocontext",
     ),
