@@ -56,7 +56,7 @@ def trl(tokenizer, samples: list[EncodedSample]) -> float:
         trainer = SFTTrainer(
             model=model, train_dataset=data, processing_class=tokenizer,
             args=SFTConfig(output_dir=work, num_train_epochs=1, per_device_train_batch_size=SETTINGS.batch_size,
-                           learning_rate=SETTINGS.learning_rate, bf16=False, use_cpu=True, gradient_checkpointing=False,
+                           learning_rate=SETTINGS.learning_rate, completion_only_loss=True, bf16=False, use_cpu=True, gradient_checkpointing=False,
                            report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
                            dataloader_pin_memory=False),
         )
