@@ -6,15 +6,16 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tsugiki.adapt.fit import FitReport, FitSettings, device_name, fit, load_base, quiet
+from tsugiki.adapt.adaptive import READINGS, cannot_win, reading
+from tsugiki.adapt.fit import FitReport, FitSettings, Probe, device_name, fit, load_base, quiet
 from tsugiki.adapt.launch import fit_in_processes, settled
 from tsugiki.adapt.nll import Nll, bits_per_character, completion_nll
-from tsugiki.artifacts import atomic_path, read_json, write_json
+from tsugiki.artifacts import atomic_path, read_json, sha256_file, write_json
 from tsugiki.lineage import write_lineage
 from tsugiki.pool import Task, tell_progress
 from tsugiki.samples import EncodedSample, read_encoded
@@ -45,6 +46,20 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A fit that was ended on the way: ``nll`` in nats/token of the watched validation samples, after ``steps`` of ``of_steps``."""
+
+    n: int
+    seed: int
+    rival: int
+    steps: int
+    of_steps: int
+    nll: float
+    train_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PointJob:
     """What one point is made from; small, so that it can be sent to another process.
 
@@ -58,6 +73,8 @@ class PointJob:
         test_items: test samples that are scored, in hash order; 0: all.
         train_items: training samples that are scored.
         key: digest of everything that the numbers depend on.
+        watched: samples of ``valid.jsonl`` that are read on the way (in one process); 0: none.
+        rival: the finished fit ``(n, seed)`` that this one must beat on them; once it cannot, it is ended.
     """
 
     n: int
@@ -69,6 +86,8 @@ class PointJob:
     test_items: int
     train_items: int
     key: str
+    watched: int = 0
+    rival: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -91,12 +110,39 @@ class PointJob:
 
     @property
     def done(self) -> bool:
-        file = self.folder / "point.json"
-        return file.exists() and read_json(file)["key"] == self.key
+        return "point" in self._record()
 
     def read(self) -> Point:
         """The finished point."""
-        return Point(**read_json(self.folder / "point.json")["point"])
+        return Point(**self._record()["point"])
+
+    def lost(self) -> Lost | None:
+        """What is known of a fit that was ended because it could not win."""
+        record = self._record().get("lost")
+        return Lost(**record) if record else None
+
+    def readings(self) -> list[tuple[int, float]]:
+        """``(step, validation nats/token)`` of the readings on the way."""
+        return [(step, nll) for step, nll in self._record().get("readings", [])]
+
+    def read_watched(self) -> np.ndarray | None:
+        """``(K, S)`` float64: nats of each watched sample at each reading; none where these samples were not read."""
+        if not self.watched or self._record().get("watched") != self.watched_key():
+            return None
+        return np.load(self.folder / "watched.npy", allow_pickle=False)
+
+    def watched_key(self) -> list:
+        """What tells the watched samples from others."""
+        return [self.watched, sha256_file(self.data / "valid.jsonl")]
+
+    def of(self, n: int, seed: int) -> PointJob:
+        """Another point of the same sweep."""
+        return replace(self, n=n, seed=seed, rival=None)
+
+    def _record(self) -> dict:
+        file = self.folder / "point.json"
+        record = read_json(file) if file.exists() else {}
+        return record if record.get("key") == self.key else {}
 
     def read_nats(self) -> np.ndarray:
         """``(S,)`` float64: nats of each test sample's completion."""
@@ -111,11 +157,16 @@ def read_samples(data: Path, test_items: int) -> tuple[list[EncodedSample], list
 
 def point_task(label: str, job: PointJob) -> Task:
     """The task that trains and scores a point, here or on a node of a cluster; its result is the test NLL, nats/token."""
-    return Task(label, train_point, (job,), reads=(job.base_dir, job.data), writes=(job.folder, job.logs), gpus=job.fit.processes or 1)
+    reads = (job.base_dir, job.data, *([job.of(*job.rival).folder] if job.rival else []))
+    return Task(label, train_point, (job,), reads=reads, writes=(job.folder, job.logs), gpus=job.fit.processes or 1)
 
 
-def train_point(job: PointJob, *, threads: int, progress_file: Path | None = None) -> float:
-    """Train and score one point, or score the base, in a process of its own; returns the test NLL, nats/token."""
+def train_point(job: PointJob, *, threads: int, progress_file: Path | None = None) -> float | None:
+    """Train and score one point, or score the base, in a process of its own.
+
+    Returns:
+        The test NLL, nats/token; ``None`` of a fit that was ended because it could not win.
+    """
     import torch
 
     quiet()
@@ -129,11 +180,17 @@ def train_point(job: PointJob, *, threads: int, progress_file: Path | None = Non
         temporary.mkdir(parents=True)
         if job.n:
             adapter = temporary / "adapter"
+            probe, watched = _probe(job)
             options = {"seed": job.seed, "progress_file": progress_file, "logs": job.logs}
             if settings.processes > 1:
                 fitted = fit_in_processes(job.base_dir, train[: job.n], settings, job.work, adapter, threads=threads, **options)
             else:
-                trained, fitted = fit(job.base_dir, load_tokenizer(job.base_dir), train[: job.n], settings, job.work, **options)
+                trained, fitted = fit(job.base_dir, load_tokenizer(job.base_dir), train[: job.n], settings, job.work, probe=probe, **options)
+            if fitted.stopped:
+                _write_lost(temporary, job, fitted, time.monotonic() - began)
+                shutil.rmtree(job.work, ignore_errors=True)
+                return None
+            if trained:
                 trained.save_pretrained(adapter, safe_serialization=True)
             _name_base(adapter, job.base_dir)
             model = _exact(job.base_dir, adapter, trained, settings)
@@ -149,11 +206,40 @@ def train_point(job: PointJob, *, threads: int, progress_file: Path | None = Non
             cores=threads,
             gpu_peak=max(fitted.gpu_peak if fitted else 0, torch.cuda.max_memory_allocated() if device_name() == "cuda" else 0),
         )
+        if fitted and fitted.readings:
+            np.save(temporary / "watched.npy", watched, allow_pickle=False)
         write_json(temporary / "point.json", {
             "key": job.key, "point": asdict(point), "losses": fitted.losses if fitted else [], "resumed_at": fitted.resumed_at if fitted else 0,
+            **({"watched": job.watched_key(), "readings": fitted.readings} if fitted and fitted.readings else {}),
         })
     shutil.rmtree(job.work, ignore_errors=True)
     return point.nll
+
+
+def _probe(job: PointJob) -> tuple[Probe | None, np.ndarray]:
+    """The readings on the way, and the array ``(K, S)`` of nats that they fill; NaN: not read."""
+    if not job.watched:
+        return None, np.empty((0, 0))
+    samples = read_encoded(job.data / "valid.jsonl")[: job.watched]
+    tokens, documents = np.asarray([len(s.completion_ids) for s in samples]), [s.document for s in samples]
+    rival = job.of(*job.rival).read_watched() if job.rival else None
+    watched, latest = np.full((READINGS, len(samples)), np.nan), []
+
+    def go_on(step: int, steps: int, nll: float) -> bool:
+        at = reading(step, steps)
+        watched[at] = latest[-1]
+        return rival is None or not cannot_win(watched[: at + 1], rival, tokens, documents)
+
+    return Probe(samples, READINGS, go_on, latest.append), watched
+
+
+def _write_lost(folder: Path, job: PointJob, fitted: FitReport, seconds: float) -> None:
+    of_steps = job.fit.max_steps or job.fit.epochs * math.ceil(job.n / job.fit.batch_size)
+    lost = Lost(
+        n=job.n, seed=job.seed, rival=job.rival[0], steps=fitted.steps, of_steps=of_steps, nll=fitted.readings[-1][1],
+        train_tokens=fitted.train_tokens, seconds=round(seconds, 2),
+    )
+    write_json(folder / "point.json", {"key": job.key, "lost": asdict(lost), "readings": fitted.readings, "losses": fitted.losses})
 
 
 def _epochs(settings: FitSettings, fitted: FitReport, n: int) -> int:
