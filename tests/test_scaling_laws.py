@@ -11,17 +11,19 @@ from scipy import stats
 
 from tsugiki.errors import UserError
 from tsugiki.evaluate.scaling.budgets import budgets, takase
+from tsugiki.evaluate.scaling.effect import (
+    detectable_multiplier,
+    fieller,
+    multiplier_interval,
+    random_intercept,
+    wild_test,
+)
 from tsugiki.evaluate.scaling.efficiency import (
     Efficiency,
     budgets_at_share,
     compare_pairs,
     continued_efficiency,
-    detectable_multiplier,
-    fieller,
     find_pairs,
-    multiplier_interval,
-    random_intercept,
-    wild_test,
 )
 from tsugiki.evaluate.scaling.factors import principal_components
 from tsugiki.evaluate.scaling.laws import (

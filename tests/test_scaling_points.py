@@ -14,15 +14,7 @@ from typer.testing import CliRunner
 
 from tsugiki.bases import load_bases
 from tsugiki.errors import UserError
-from tsugiki.evaluate.scaling.analysis import (
-    QUESTIONS,
-    _efficiency,
-    analyse,
-    own,
-    own_equivalence,
-    printed_reference,
-    published,
-)
+from tsugiki.evaluate.scaling.analysis import QUESTIONS, _efficiency, analyse, own_equivalence
 from tsugiki.evaluate.scaling.budgets import budget, explain
 from tsugiki.evaluate.scaling.figures import draw_all, tables
 from tsugiki.evaluate.scaling.laws import fit_law, predict
@@ -37,6 +29,7 @@ from tsugiki.evaluate.scaling.points import (
     read_points,
     tokens_by_language,
 )
+from tsugiki.evaluate.scaling.references import own, printed_reference, published
 from tsugiki.evaluate.scaling.tables import ModelFacts, find_model, load_models, load_scores
 from tsugiki.recipes.cli import app
 from tsugiki.recipes.recipe import BASES

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from tsugiki.artifacts import write_json
 from tsugiki.bases import Base
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.paired import read_items
-from tsugiki.evaluate.scaling.budgets import PRINTED, Convention, budget, takase
+from tsugiki.evaluate.scaling.budgets import Convention, budget
 from tsugiki.evaluate.scaling.efficiency import budgets_at_share, continued_efficiency, find_pairs
 from tsugiki.evaluate.scaling.equivalence import budget_factor, equivalent_difference, equivalent_means
 from tsugiki.evaluate.scaling.factors import (
@@ -49,42 +48,22 @@ from tsugiki.evaluate.scaling.points import (
     read_languages,
     read_points,
 )
+from tsugiki.evaluate.scaling.references import Reference, fetched, own, printed_reference, published
 from tsugiki.evaluate.scaling.tables import (
-    COMMIT,
     DATA,
     LANGUAGES,
     TASKS,
     ModelFacts,
     Scores,
-    fetch_scores,
     find_model,
     load_models,
-    load_scores,
     plain_name,
     read_table,
 )
 
-SCORES_FILE = Path("scores") / "scores_35.csv"
 FACTORS = 10  # what reproduces paper B's Figure 10; it does not state the number
 MANY_DRAWS, FEW_DRAWS = 10_000, 2_000
 CHANGES = tuple(float(d) for d in range(-10, 11) if d)  # points, for the curve of equivalent compute
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A score matrix, and by which convention its models' budgets are counted.
-
-    Attributes:
-        scores, models, rule: the matrix, the table of models, the convention of budgets.
-        kind: ``saito`` (35 × 19), ``takase`` (nine models as printed) or ``yours``.
-        source: a sentence for the output.
-    """
-
-    scores: Scores
-    models: Mapping[str, ModelFacts]
-    rule: Convention
-    kind: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -182,48 +161,6 @@ def run_scaling(
     write_page(result, out / "scaling.html")
     write_json(out / "scaling.json", result)
     return result
-
-
-def published(models: Mapping[str, ModelFacts]) -> Reference:
-    """Paper B's matrix at ``$TSUGIKI_DATA/scores/scores_35.csv`` (else ``../shared/data/…``), else paper A's table."""
-    folders = [Path(os.environ["TSUGIKI_DATA"])] if os.environ.get("TSUGIKI_DATA") else []
-    for folder in (*folders, Path("..") / "shared" / "data"):
-        path = folder / SCORES_FILE
-        if path.exists():
-            found = load_scores(path)
-            source = (
-                f"{len(found.models)} base models × {len(found.tasks)} tasks, the matrix of Saito et al. ({SCORES_FILE.name}), "
-                "budgets as printed in their Table 1."
-            )
-            return Reference(found, models, PRINTED, "saito", source)
-    return printed_reference(models)
-
-
-def fetched(models: Mapping[str, ModelFacts], cache: Path) -> Reference:
-    """Paper B's matrix from its public repository, kept in ``cache``."""
-    found = fetch_scores(cache)
-    source = f"{len(found.models)} base models × {len(found.tasks)} tasks, the matrix of Saito et al. at commit {COMMIT[:12]}, budgets as printed in their Table 1."
-    return Reference(found, models, PRINTED, "saito", source)
-
-
-def printed_reference(models: Mapping[str, ModelFacts]) -> Reference:
-    """Paper A's Table 2 with its conventions of budgets."""
-    _, rows = read_table(DATA / "takase_table2_scores.csv")
-    tasks = [c for c in rows[0][1] if c not in ("model", "group")]
-    values = np.array([[float(row[t]) / 100 for t in tasks] for _, row in rows])
-    source = (
-        "Only the nine models × seven scores that Takase & Honda print (Table 2): the 35 × 19 matrix was not found. "
-        "Give it with --scores FILE, or fetch it with --download; with nine models every statement here is weak."
-    )
-    return Reference(Scores([row["model"] for _, row in rows], tasks, values), models, takase(), "takase", source)
-
-
-def own(path: Path | str, models: Mapping[str, ModelFacts]) -> Reference:
-    """A score matrix of the user's; with paper B's tasks it is read as paper B's is."""
-    found = load_scores(path)
-    kind = "saito" if set(found.tasks) >= set(TASKS) else "yours"
-    source = f"{len(found.models)} models × {len(found.tasks)} tasks of {Path(path).name}, budgets as printed."
-    return Reference(found, models, PRINTED, kind, source)
 
 
 def analyse(
