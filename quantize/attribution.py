@@ -1,4 +1,4 @@
-"""Which step did the harm: base with its adapter → merged → F16 GGUF → each level, on the same token ids and mask.
+"""Which step did the harm: base with its adapter → merged → the reference GGUF (F16) → each level, on the same token ids and mask.
 
 Torch and llama.cpp run in one child process, one model at a time; between two steps the logits of the samples are held
 (at most :data:`HELD_BYTES` twice), so the samples are as many as fit.
@@ -19,7 +19,7 @@ from tsugiki.progress import progress
 from tsugiki.quantize.child import say
 from tsugiki.quantize.compare import WIDTH, divergence, run_task, same_vocabulary, serve_tasks
 from tsugiki.quantize.parity import load_reference, merge_reference, reference_bytes
-from tsugiki.quantize.verdict import REFERENCE, CheckSettings, divergences, ratios
+from tsugiki.quantize.verdict import CheckSettings, divergences, ratios
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
 
 HELD_BYTES = 512 << 20  # of float32 logits: 880 completion tokens of a vocabulary of 150,000, 21,000 of 6,144
@@ -38,12 +38,12 @@ def attribute(
     Args:
         base: Hugging Face folder.
         adapter: PEFT folder, or ``None``: the first step is then the base itself.
-        files: name to GGUF, F16 first; every level is compared with F16.
+        files: name to GGUF, the reference first, under the name that its type has; every other is compared with it.
         samples: token ids; as many of the first as fit (:data:`HELD_BYTES`).
 
     Returns:
         JSON-ready: ``samples``, ``tokens``, ``documents``, ``peak_rss`` (bytes), ``largest`` (the step after
-        the first with the largest mean divergence, by name) and ``steps``: ``step`` (``adapter``, ``merged``, ``F16``,
+        the first with the largest mean divergence, by name) and ``steps``: ``step`` (``adapter``, ``merged``, ``F16`` or what the reference is,
         levels), ``before`` (the step it is compared with), ``nll`` (nats/token), ``delta_nll`` and ``delta_ci``
         against the step before, ``kld_mean`` and its quantiles (KL(before ‖ step), nats/token), ``top1``, ``top5``.
         Where the memory does not suffice, ``left_out`` alone: a sentence with both numbers.
@@ -85,7 +85,7 @@ def attribute(
     documents = [s.document for s in used]
     rows = []
     for i, step in enumerate(steps):
-        before = max(0, i - 1) if i <= steps.index(REFERENCE) else steps.index(REFERENCE)
+        before = min(max(0, i - 1), len(steps) - len(files))  # of a level: the reference
         interval = ratios((sums[i] - sums[before])[None], counts, documents, settings, settings.confidence)[0]
         rows.append({
             "step": step,
@@ -96,7 +96,7 @@ def attribute(
             **divergences(tokens, i),
         })
     return {
-        "samples": len(used), "tokens": int(counts.sum()), "documents": len(set(documents)), 
+        "samples": len(used), "tokens": int(counts.sum()), "documents": len(set(documents)),
         "peak_rss": report["peak_rss"], "largest": max(rows[1:], key=lambda r: r["kld_mean"])["step"], "steps": rows,
     }
 
@@ -132,12 +132,12 @@ def _attribute(job: dict) -> dict:
         measured(held, merged)
         held = merged
     del model
-    reference = None
+    reference, reference_name = None, next(iter(job["files"]))
     longest = max(len(s.ids) for s in samples)
-    with Engine(job["files"][REFERENCE], n_ctx=max(longest, 256), n_seq_max=1) as first:
+    with Engine(job["files"][reference_name], n_ctx=max(longest, 256), n_seq_max=1) as first:
         for name, path in job["files"].items():
             say(at=path)
-            if name == REFERENCE:
+            if name == reference_name:
                 now = _engine_logits(first, samples, vocab_size)
                 measured(held, now)
                 reference, held = now, None

@@ -97,7 +97,7 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
         job.reference, files, samples, texts=sets, settings=settings, scoring=job.scoring,
         max_new_tokens=job.max_new_tokens, end_of_turn=None if given else end_of_turn, memory=job.memory,
     )
-    levels, files = files, {result["levels"][0]["level"]: job.reference, **files}
+    files = {result["levels"][0]["level"]: job.reference, **files}
     result["files"] = {name: {"path": str(p), "sha256": sha256_file(p)} for name, p in files.items()}
     profile = file_profile(job.reference)
     result["profile"] = profile.as_dict()
@@ -106,7 +106,7 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
     if job.model:
         from tsugiki.quantize.attribution import attribute
 
-        result["attribution"] = attribute(job.model, job.adapter, {REFERENCE: job.reference, **levels}, rows, settings=settings)
+        result["attribution"] = attribute(job.model, job.adapter, files, rows, settings=settings)
     if job.cache or profile.outlying:
         name = result["recommended"]["level"]
         result["cache"] = {"file": str(files[name]), "rows": cache_probe(files[name], next(iter(sets.values()), samples))}

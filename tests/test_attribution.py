@@ -10,6 +10,7 @@ from tsugiki.errors import UserError
 from tsugiki.quantize.attribution import attribute
 from tsugiki.quantize.convert import convert
 from tsugiki.quantize.levels import make_level
+from tsugiki.quantize.standalone import CheckFiles, check_files
 from tsugiki.samples import Sample
 
 BASES = Path(__file__).resolve().parents[1] / "recipes" / "bases"
@@ -88,6 +89,15 @@ def test_a_forgotten_merge_shows_at_the_conversion(made, tmp_path):
     p = log_p(model, samples)
     assert found["largest"] == "F16"
     assert found["steps"][2]["kld_mean"] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean(), rel=1e-2)
+
+
+def test_a_reference_that_is_not_f16_is_called_what_it_is(made, tmp_path):
+    folder, _, files, samples = made
+    (tmp_path / "ja.txt").write_text("水は百度で沸きます。設備の点検は六か月ごとに行います。" * 40, encoding="utf-8")
+    job = CheckFiles(files["Q8_0"], (files["Q3_K_M"],), texts=(f"ja={tmp_path / 'ja.txt'}",), window=64, windows=2, model=BASE, adapter=folder / "adapter")
+    steps = check_files(job)["attribution"]["steps"]
+    assert [(r["step"], r["before"]) for r in steps] == [("adapter", None), ("merged", "adapter"), ("Q8_0", "merged"), ("Q3_K_M", "Q8_0")]
+    assert 1e-7 < steps[2]["kld_mean"] < steps[3]["kld_mean"]
 
 
 def test_without_an_adapter_the_base_itself_is_the_first_step(made, tmp_path):
