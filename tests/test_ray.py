@@ -40,10 +40,11 @@ from pathlib import Path
 from tsugiki.errors import UserError
 from tsugiki.pool import tell_progress
 
-def copy(source, out, threads, progress_file):
+def copy(source, folder, name, threads, progress_file):
     tell_progress(progress_file, 1, 2, "half")
+    out = folder / name
     (out / "deep").mkdir(parents=True)
-    (out / "deep" / "copy").write_bytes((source / "a" / "letters").read_bytes())
+    (out / "deep" / "copy").write_bytes((source / "a" / "letters").read_bytes() + (folder / "earlier").read_bytes())
     (out / "empty").touch()
     return str(source), str(out), threads
 
@@ -149,6 +150,9 @@ def test_what_nodes_lack_is_sent_and_what_tasks_make_is_landed_once(calls, addre
     (source / "a").mkdir(parents=True)
     (source / "a" / "letters").write_bytes(b"abc" * 1000)
     (source / "nothing").touch()
+    earlier = tmp_path / "out" / "earlier"  # read where the tasks write
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"def")
     offer = cluster._offer
 
     def offered_to_other_machines(tasks):
@@ -157,16 +161,17 @@ def test_what_nodes_lack_is_sent_and_what_tasks_make_is_landed_once(calls, addre
         return offered
 
     monkeypatch.setattr(cluster, "_offer", offered_to_other_machines)
-    tasks = [Task(f"{i}", calls.copy, (source, tmp_path / f"out{i}"), reads=(source,), writes=(tmp_path / f"out{i}",)) for i in range(3)]
+    tasks = [Task(name, calls.copy, (source, earlier.parent, name), reads=(source, earlier), writes=(earlier.parent / name,)) for name in "012"]
     with connected(address):
         found = dict(run_tasks(tasks, 1))
     assert set(found) == set(tasks)
-    for i, task in enumerate(tasks):
+    for task in tasks:
         place, out, threads = found[task]
-        assert Path(place).name == "source" and Path(place) != source and Path(out) != tmp_path / f"out{i}" and threads == 1
+        assert Path(place).name == "source" and Path(place) != source and Path(out) != earlier.parent / task.label and threads == 1
         assert not Path(place).exists() and not Path(out).exists()  # the copies went with the session
-        assert (tmp_path / f"out{i}" / "deep" / "copy").read_bytes() == b"abc" * 1000
-        assert (tmp_path / f"out{i}" / "empty").read_bytes() == b""
+        assert (earlier.parent / task.label / "deep" / "copy").read_bytes() == b"abc" * 1000 + b"def"
+        assert (earlier.parent / task.label / "empty").read_bytes() == b""
+    assert sorted(p.name for p in earlier.parent.iterdir()) == ["0", "1", "2", "earlier"]
 
 
 def test_a_node_has_only_what_is_the_same_at_the_same_path(tmp_path):
