@@ -26,6 +26,7 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate import decoding
 from tsugiki.evaluate.decoding import Generation, Likelihood, log_sum_exp
 from tsugiki.evaluate.gguf_file import check_gguf
+from tsugiki.evaluate.tiles import tiles_pay, tiles_work
 from tsugiki.machine import cpu_count
 from tsugiki.samples import EncodedSample
 
@@ -128,7 +129,7 @@ class Engine:
     ):
         self._model = self._context = self._batch = None
         self.path = Path(path)
-        check_gguf(self.path)
+        kinds = check_gguf(self.path)
         with _opening:
             amx = _start()
         started = time.perf_counter()
@@ -136,8 +137,7 @@ class Engine:
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = (-1 if able else 0) if n_gpu_layers is None else n_gpu_layers
         self.offload = able and model_params.n_gpu_layers != 0
-        if amx:
-            # seen: quantized weights repacked for AMX tiles crash llama_decode on a virtual Sapphire Rapids
+        if amx and not (tiles_work() and tiles_pay(kinds.values()) and not self.offload):
             model_params.use_extra_bufts = False
         _complaints.clear()
         with _opening:

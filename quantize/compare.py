@@ -136,8 +136,11 @@ def compare(
 
 
 def memory_of(path: Path | str, *, n_ctx: int, vocab_size: int, kv_bytes: int) -> int:
-    """Bytes that one open file takes at most: weights, F16 cache (``kv_bytes`` a token), logits, activations."""
-    return Path(path).stat().st_size + n_ctx * kv_bytes + 4 * BATCH * vocab_size + LOGIT_BYTES + (64 << 20)
+    """Bytes that one open file takes at most: weights, F16 cache (``kv_bytes`` a token), logits, activations.
+
+    Weights repacked for a CPU are a copy, up to an eighth larger (Q8_0 in AMX tiles); the file's own pages can then go.
+    """
+    return Path(path).stat().st_size * 9 // 8 + n_ctx * kv_bytes + 4 * BATCH * vocab_size + LOGIT_BYTES + (64 << 20)
 
 
 def plan_groups(needs: Mapping[str, int], budget: int) -> list[list[str]]:

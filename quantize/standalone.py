@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,12 +94,17 @@ def _check_files(job: CheckFiles, out: Path | None) -> dict:
     samples = sets.pop("domain", [])
     given = questions and "prompt_ids" in questions[0]  # ids end with the end-of-turn token of whoever made them
     files = _names(job.levels, job.reference)
-    result = check(
-        job.reference, files, samples, texts=sets, settings=settings, scoring=job.scoring,
-        max_new_tokens=job.max_new_tokens, end_of_turn=None if given else end_of_turn, memory=job.memory,
-    )
-    files = {result["levels"][0]["level"]: job.reference, **files}
-    result["files"] = {name: {"path": str(p), "sha256": sha256_file(p)} for name, p in files.items()}
+    pool = ThreadPoolExecutor(1)  # hashing lets go of the interpreter's lock: it is done while the files are opened
+    hashes = {path: pool.submit(sha256_file, path) for path in dict.fromkeys((job.reference, *files.values()))}
+    try:
+        result = check(
+            job.reference, files, samples, texts=sets, settings=settings, scoring=job.scoring,
+            max_new_tokens=job.max_new_tokens, end_of_turn=None if given else end_of_turn, memory=job.memory,
+        )
+        files = {result["levels"][0]["level"]: job.reference, **files}
+        result["files"] = {name: {"path": str(p), "sha256": hashes[p].result()} for name, p in files.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     profile = file_profile(job.reference)
     result["profile"] = profile.as_dict()
     rows = samples or next(iter(sets.values()))  # the domain, else the first text
