@@ -88,7 +88,7 @@ def compare_bases(
             console.print(f"[bold]{escape(run.name)}[/] → {escape(str(run.folder))}")
             for _, note in licence_notes(run.base, run.base_dir):
                 console.print(f"  [yellow]{escape(note)}[/]")
-            data_stage(_own(run))
+            _encode(run)
         ids, lost = common_samples(chosen)
         n = _count(n, chosen[0], len(ids["train"]))
         for name, parts in lost.items():
@@ -135,6 +135,13 @@ def open_bases(
 def _own(run: Run) -> Run:
     """The run whose data stage encodes a base's own samples, before those of all are known."""
     return dataclasses.replace(run, folder=run.folder / "own")
+
+
+def _encode(run: Run) -> None:
+    try:
+        data_stage(_own(run))
+    except UserError as error:
+        raise UserError(f"{run.base.name}: {error.message}", where=error.where, hint=error.hint) from error
 
 
 def _count(n: int | None, run: Run, there: int) -> int:
