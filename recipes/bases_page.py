@@ -7,13 +7,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import StrictUndefined
 from markupsafe import Markup, escape
 
 from tsugiki.artifacts import write_text
+from tsugiki.page import environment
+from tsugiki.page import render as fill
 from tsugiki.recipes.report import FAMILY_NAMES, SCORE_NAMES, TASK_NAMES
 
-WIDTH, ROW, LEFT, RIGHT, TOP, FOOT = 520, 36, 128, 16, 6, 26  # of a chart, units of its view box
+WIDTH, ROW, LEFT, RIGHT, TOP, FOOT = 440, 36, 112, 18, 6, 26  # of a chart, units of its view box
 
 
 def write_page(result: Mapping[str, Any], path: Path) -> None:
@@ -23,20 +25,20 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 
 def render(result: Mapping[str, Any]) -> str:
     """The page as text; every value is escaped."""
-    environment = Environment(
-        loader=PackageLoader("tsugiki.recipes", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    page = environment("tsugiki.recipes")
+    page.undefined = StrictUndefined
     bases, best = result["bases"], result["recommended"]["base"]
     title = result["title"]
-    return environment.get_template("bases.html").render(
-        **result, bests=[b for b in bases if b["name"] == best], best=best,
-        names={"ja": title.get("ja") or result["domain"], "en": title.get("en") or result["domain"]},
-        score_name=SCORE_NAMES.get(result["scoring"], ("スコア", "Score")), gpu=result["device"] == "cuda",
-        score_chart=chart([_mark(b, b["score"]) for b in bases], best=best, percent=True),
-        bits_chart=chart([_mark(b, b["bits"]) for b in bases], best=best),
-        tasks=_tasks(bases), not_measured=_not_measured(bases), size=_size,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
+    view = result | {
+        "chosen": next(b for b in bases if b["name"] == best), "best": best,
+        "names": {"ja": title.get("ja") or result["domain"], "en": title.get("en") or result["domain"]},
+        "score_name": SCORE_NAMES.get(result["scoring"], ("スコア", "Score")), "gpu": result["device"] == "cuda",
+        "score_chart": chart([_mark(b, b["score"]) for b in bases], best=best, percent=True),
+        "bits_chart": chart([_mark(b, b["bits"]) for b in bases], best=best),
+        "tasks": _tasks(bases), "not_measured": _not_measured(bases), "size": _size,
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }  # fmt: skip
+    return fill(page, "bases.html", view, {})
 
 
 def _mark(base: Mapping, measure: Mapping) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def chart(marks: Sequence[Mapping[str, Any]], *, best: str, percent: bool = Fals
         told = f"{m['name']}: {_value(m['before'], percent)} → {_value(m['after'], percent)}"
         if m["after_ci"]:
             told += f" ({_value(m['after_ci'][0], percent)} – {_value(m['after_ci'][1], percent)})"
-        line = f'<path class="ci" d="M{x(m["after_ci"][0])} {y}H{x(m["after_ci"][1])}"/>' if m["after_ci"] else ""
+        line = f'<path class="reach" d="M{x(m["after_ci"][0])} {y}H{x(m["after_ci"][1])}"/>' if m["after_ci"] else ""
         parts.append(
             f'<g class="{"best" if m["name"] == best else "base"}"><title>{escape(told)}</title>'
             f'<text class="name" x="0" y="{y + 4}">{escape(m["name"] if len(m["name"]) < 18 else m["name"][:16] + "…")}</text>'

@@ -154,7 +154,7 @@ def _count(n: int | None, run: Run, there: int) -> int:
 
 
 def _settled(run: Run, n: int, seeds: Sequence[int]) -> Run:
-    sweep = dataclasses.replace(run.settings.sweep, counts=(n,), seeds=tuple(seeds))
+    sweep = dataclasses.replace(run.settings.sweep, counts=(n,), seeds=tuple(seeds), search="grid", mode="epochs")
     return dataclasses.replace(run, settings=dataclasses.replace(run.settings, sweep=sweep, levels=(LEVEL,)))
 
 
