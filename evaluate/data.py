@@ -13,12 +13,16 @@ pins one, and records the commit that the hub gave.
 from __future__ import annotations
 
 import gzip
+import http.client
 import os
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -492,7 +496,7 @@ def _from_hub(s: DataSet, splits: list[str], configs: tuple[str, ...]) -> dict[s
 def _hub_rows(s: DataSet, config: str | None, split: str) -> list[Row]:
     import datasets
 
-    try:
+    with _asking_the_hub(s, f"{s.hub_id} ({config or 'default'}, {split})"):
         try:
             rows = datasets.load_dataset(s.hub_id, config, revision=s.revision, split=split)
         except RuntimeError as error:  # a repository with a loading script, which is not run: the hub's own conversion of it
@@ -501,27 +505,51 @@ def _hub_rows(s: DataSet, config: str | None, split: str) -> list[Row]:
             rows = datasets.load_dataset(s.hub_id, data_dir=config or "default", revision="refs/convert/parquet", split=split)
         _note_commit(s.name, hub_commit(rows))
         return list(rows)
-    except Exception as error:  # the library raises a dozen kinds: network, gate, script, configuration
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{s.title} could not be loaded from the hub: {type(error).__name__}: {reason}",
-            where=f"{s.hub_id} ({config or 'default'}, {split})",
-            hint=_how_to_get(s, None),
-        ) from error
 
 
 def _jmmlu_from_hub(s: DataSet, configs: tuple[str, ...]) -> list[Row]:
     from huggingface_hub import hf_hub_download
 
-    try:
+    with _asking_the_hub(s, f"{s.hub_id} (JMMLU.zip)"):
         archive = hf_hub_download(s.hub_id, "JMMLU.zip", repo_type="dataset", revision=s.revision)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"JMMLU.zip could not be loaded from the hub: {reason}", where=s.hub_id, hint=_how_to_get(s, None)
-        ) from error
     _note_commit(s.name, Path(archive).parent.name)  # …/snapshots/<commit>/JMMLU.zip
     return data_files.jmmlu_zip_rows(Path(archive), configs)
+
+
+@contextmanager
+def _asking_the_hub(s: DataSet, where: str) -> Iterator[None]:
+    """Where the hub does not answer at all, only its cache is looked into: no half a minute of tries for every set.
+
+    Raises:
+        UserError: whatever went wrong inside, with where else the set is had.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    silent = not any(before) and not Path(s.hub_id or "").is_dir() and not hub_answers(constants.ENDPOINT)
+    if silent:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:  # the libraries raise a dozen kinds: network, gate, script, configuration
+        reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        reason = f"{constants.ENDPOINT} does not answer, and nothing of it is in the cache" if silent else reason
+        raise UserError(f"{s.title} could not be loaded from the hub: {reason}", where=where, hint=_how_to_get(s, None)) from error
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@lru_cache(maxsize=1)
+def hub_answers(endpoint: str) -> bool:
+    """Whether the hub can be reached, asked once in a process and for at most 5 s."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5):
+            return True
+    except urllib.error.HTTPError:  # it answers
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _note_commit(name: str, commit: str | None) -> None:

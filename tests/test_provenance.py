@@ -73,6 +73,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts == [""]:
+            return self.answer(200)
         api = parts[0] == "api"
         _, owner, name, *rest = parts[1:] if api else parts
         commits = self.sets.get(f"{owner}/{name}")
@@ -145,7 +147,7 @@ def evaluate(hub: str, folder: Path, *arguments: object) -> subprocess.Completed
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TSUGIKI_DATA"))}
     env |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1", "PYTHONSAFEPATH": "1", "COLUMNS": "200"}
     command = [sys.executable, "-P", "-c", "from tsugiki.recipes.cli import main; main()", "evaluate", "run", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def kept(folder: Path, name: str) -> dict:
@@ -190,6 +192,17 @@ def test_a_revision_that_would_be_ignored_is_refused(console, gguf, tmp_path, mo
                            ("try_mine=main", "loads no data set of the hub")):  # fmt: skip
         code, _, err = console(*asked, "--revision", revision)
         assert code == 2 and said in " ".join(err.split())
+
+
+def test_without_a_network_what_the_cache_holds_is_used_and_the_rest_is_said_at_once(hub, gguf, tmp_path):
+    asked = gguf, "--tasks", "tsugiki_saito_openbookqa"
+    assert evaluate(hub, tmp_path, *asked).returncode == 0
+    again = evaluate("http://127.0.0.1:9", tmp_path, *asked)
+    assert again.returncode == 0, again.stderr
+    assert kept(tmp_path, "tsugiki_saito_openbookqa")["data"]["read"][0]["revision"] == NEWEST
+    missing = evaluate("http://127.0.0.1:9", tmp_path, gguf, "--tasks", "tsugiki_saito_hellaswag,tsugiki_saito_mmlu,tsugiki_saito_triviaqa")
+    assert missing.returncode != 0 and " ".join(missing.stderr.split()).count("http://127.0.0.1:9 does not answer") == 3
+    assert "Retrying" not in missing.stderr  # each set would try for 23 s
 
 
 def test_a_folders_files_go_by_their_hash_and_have_no_revision(tmp_path):
