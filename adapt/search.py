@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import shutil
 import time
 import uuid
@@ -153,7 +154,7 @@ def search(base_dir: Path, data: Path, out: Path, settings: SearchSettings, *, n
     told = {k: v for k, v in asdict(settings.fit).items() if k not in NOT_OF_THE_RESULT}
     key = digest([told, asdict(settings.space), settings.n, settings.valid_items, settings.readings, settings.seed, device_name(),
                   sha256_file(data / "train.jsonl"), sha256_file(data / "valid.jsonl"), fingerprint(base_dir), _code_digest()])
-    job = SearchJob(f"{name}/search-n{settings.n}-{key[:12]}", storage, base_dir, data, out, settings, uuid.uuid4().hex[:12],
+    job = SearchJob(f"{name}/search-n{settings.n}-{key[:12]}", storage, base_dir, data, out, settings, f"{os.getpid()}-{uuid.uuid4().hex[:8]}",
                     time.time() + 60 * settings.minutes if settings.minutes else math.inf)
     study = join_study(job.study, out, storage, heartbeat=settings.heartbeat)
     with refusals(storage):
@@ -301,6 +302,7 @@ def _take(study, job: SearchJob, progress_file: Path | None):
         trial = study.ask(_distributions(settings.space))
         study._storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("owner", job.owner)
+        trial.set_user_attr("alive", trial.number)
         before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
         if sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) for t in before) < settings.trials:
             return trial
@@ -317,7 +319,7 @@ def _put_back_silent(study) -> None:
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         late = trial.datetime_start and datetime.now() - trial.datetime_start > timedelta(seconds=UNTIMELY)
-        if late and "owner" not in trial.user_attrs:
+        if late and trial.user_attrs.get("alive") != trial.number:  # a queued one has the words of the one that it repeats
             put_back(study, trial)
 
 
@@ -365,7 +367,7 @@ def _sampler(settings: SearchSettings, asked: int, job: SearchJob):
     from optuna.samplers import TPESampler
 
     # On one database every machine must draw for itself.
-    salt = [int(job.owner, 16)] if job.storage else []
+    salt = [int(digest(job.owner)[:8], 16)] if job.storage else []
     seed = int(np.random.SeedSequence([settings.seed, asked, *salt]).generate_state(1)[0])
     return TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8)
 

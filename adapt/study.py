@@ -216,8 +216,8 @@ def _parsed(storage: str):
 
     try:
         url = make_url(storage)
-        if url.get_backend_name() != "sqlite" and "@" in f"{url.database}{url.query}":
-            raise ValueError  # a slash or a question mark in the password: its end was taken for the database's name
+        if "@" in (url.host or ""):  # the end of a password with such a sign, taken for the host
+            raise ValueError
         return url
     except (ArgumentError, ValueError):  # whose message may hold a part of the password
         raise UserError("the storage is not a database's URL", hint="For example sqlite:///study.sqlite3 or postgresql://user@host/name; "
