@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -274,6 +276,16 @@ def test_the_command_prints_what_to_take(compared, console, capsys, domain):
     best = read_json(compared)["recommended"]["base"]
     assert f"Take {best}." in text and ("core-hours" in text or "GPU-hours" in text)
     assert all(name in text for name in NAMES)
+
+
+def test_a_runs_report_links_to_the_page_that_is_there(tmp_path):
+    from tsugiki.recipes.report import write_report
+
+    run = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))["write_run"](tmp_path)
+    assert "bases.html" not in write_report(run).read_text(encoding="utf-8")
+    write_text(run.parent / "bases.html", "")
+    links = re.findall(r'href="([^"]*bases\.html)"', write_report(run).read_text(encoding="utf-8"))
+    assert [(run / link).resolve() for link in links] == [(run.parent / "bases.html").resolve()]
 
 
 # --- what cannot be compared --------------------------------------------------------------------------------------
