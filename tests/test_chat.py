@@ -160,6 +160,16 @@ def test_a_template_that_drops_the_answer_is_refused():
         end_of_turn_id(tokenizer)
 
 
+def test_a_template_that_drops_the_system_prompt_is_refused(llama):
+    kept, llama.chat_template = llama.chat_template, "{% for m in messages if m['role'] != 'system' %}{{ m['content'] + eos_token }}{% endfor %}"
+    try:
+        assert prompt_text(llama, "問い") == "問い" + llama.eos_token
+        with pytest.raises(UserError, match="the chat template drops the system prompt"):
+            prompt_text(llama, "問い", "あなたは設備士です。")
+    finally:
+        llama.chat_template = kept
+
+
 def test_a_template_that_refuses_a_system_prompt_says_which_roles():
     tokenizer = byte_tokenizer("llm-jp")
     tokenizer.chat_template = (

@@ -79,6 +79,21 @@ def test_the_loss_is_the_exact_nll_of_the_completions(base, tokenizer, tmp_path,
     assert report.losses == [pytest.approx(exact.per_token, abs=1e-4)]
 
 
+def test_a_pad_token_that_is_the_end_of_turn_hides_no_end_of_turn(base, tokenizer, tmp_path, in_float32):
+    """Padding is known by its place: many bases pad with the token that ends a turn, and it must be learnt all the same."""
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    ended = [replace(s, completion_ids=[*s.completion_ids, end]) for s in samples()]
+    losses = []
+    for name in ("<|eot_id|>", tokenizer.pad_token):
+        padded = AutoTokenizer.from_pretrained(TINY_LLAMA)
+        padded.pad_token = name
+        assert (padded.pad_token_id == end) == (name == "<|eot_id|>")
+        _, report = fit(base, padded, ended, replace(SMALL, learning_rate=1e-12), tmp_path / str(padded.pad_token_id))
+        losses.append(report.losses)
+    exact = completion_nll(load_base(base, exact=True).eval(), ended).per_token
+    assert losses == [[pytest.approx(exact, abs=1e-4)]] * 2
+
+
 def test_accumulated_steps_learn_the_same_as_whole_ones(base, tokenizer, tmp_path, in_float32):
     _, whole = fit(base, tokenizer, samples(), SMALL, tmp_path / "a")
     _, split = fit(base, tokenizer, samples(), replace(SMALL, micro_batch=4), tmp_path / "b")

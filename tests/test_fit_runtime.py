@@ -284,5 +284,5 @@ def test_two_processes_train_the_same_as_one(base, tokenizer, tmp_path, in_float
 
 def test_a_batch_that_processes_cannot_share_is_refused(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes of micro_batch 8 cannot share a batch of 8"):
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 8 samples"):
         fit(TINY_LLAMA, tokenizer, samples(), SMALL, tmp_path)

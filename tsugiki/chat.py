@@ -67,11 +67,14 @@ def prompt_text(tokenizer, prompt: str, system: str | None = None) -> str:
     """The rendered chat template of one question, up to and including the assistant's header.
 
     Raises:
-        UserError: the tokenizer has no chat template, or its template refuses the conversation.
+        UserError: the tokenizer has no chat template, or its template refuses the conversation or drops the system prompt.
     """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    if system and system.strip() not in text:
+        raise UserError("the chat template drops the system prompt", hint="Take it out of the domain (system), or change the template.")
+    return text
 
 
 def _render(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
