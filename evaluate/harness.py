@@ -268,7 +268,6 @@ class TsugikiGGUF(TemplateLM):
                     self._note(requests[i], generation, options[i]["new"])
                     if not temperature:
                         self.ties[_key(requests[i])] = self.ties.get(_key(requests[i]), 0) + generation.ties()
-                    if not temperature:
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 

@@ -122,12 +122,13 @@ class Benchmark:
         """Where the data lives, and which of it was read: JSON-ready.
 
         Returns:
-            ``hub_id`` and ``revision`` (the hub's; ``not pinned`` where the task names none), ``github`` and ``commit`` (the
+            ``hub_id`` and ``revision`` (the hub's; ``not pinned`` where nobody asked for one), ``github`` and ``commit`` (the
             publisher's repository, where there is one), ``read``: one row a set, see :meth:`tsugiki.evaluate.data.Reading.rows`.
         """
         meta = self.metadata
         hub_id = meta["hub_id"] if "hub_id" in meta else next(iter(self.tasks.values())).config.dataset_path
-        where = {"hub_id": hub_id, "revision": (meta.get("revision") or "not pinned") if hub_id else None}
+        pinned = (self.asked and self.asked.revision) or meta.get("revision") or "not pinned"
+        where = {"hub_id": hub_id, "revision": pinned if hub_id else None}
         return where | {"github": meta.get("github"), "commit": meta.get("commit"), "read": self.read}
 
     @property
@@ -326,7 +327,7 @@ def _pinned(manager, name: str, revision: str) -> str | dict[str, Any]:
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else getattr(manager.task_index.get(name), "yaml_path", None)
     config = load_yaml(path) if path else {}
-    if config.get("custom_dataset"):
+    if config.get("custom_dataset") or (path and path.parent == TASKS):  # ours, groups of ours included
         return name
     if not isinstance(config.get("task"), str) or config.get("dataset_path") in NOT_ON_THE_HUB:
         raise UserError("it loads no data set of the hub by itself", hint="--revision takes single tasks whose data is on the hub.")

@@ -173,7 +173,8 @@ def test_a_revision_can_be_asked_for_and_one_that_is_not_there_is_an_error(hub, 
     pinned = "--revision", f"tsugiki_saito_openbookqa={OLDER}"
     done = evaluate(hub, tmp_path, gguf, "--tasks", "tsugiki_saito_openbookqa", *pinned)
     assert done.returncode == 0, done.stderr
-    assert kept(tmp_path, "tsugiki_saito_openbookqa")["data"]["read"][0]["revision"] == OLDER
+    data = kept(tmp_path, "tsugiki_saito_openbookqa")["data"]
+    assert data["revision"] == data["read"][0]["revision"] == OLDER
     (samples,) = (tmp_path / "runs" / "benchmarks" / "base").glob("samples_*.jsonl")
     assert "Item 0 is made of" in samples.read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
