@@ -466,7 +466,7 @@ def _gap(pairs: Sequence[Mapping], base: str, rival: str, measure: str) -> tuple
 
 
 def _keep_rows(runs: Sequence[Run], result: Mapping[str, Any]) -> None:
-    """Rows of the results table: score and bits before and after, and what a fit cost."""
+    """Rows of the results table: score, bits and benchmarks before and after, and what a fit cost."""
     by_name = {r["name"]: r for r in result["bases"]}
     for run in runs:
         row = by_name[run.base.name]
@@ -483,4 +483,8 @@ def _keep_rows(runs: Sequence[Run], result: Mapping[str, Any]) -> None:
             Result(f"{run.name}/{model}", run.base.name, run.domain.name, metric, value, adapter="" if model == "base" else run.name,
                    level="F16", n=items, settings=told | ({"ci": ci} if ci else {}), provenance=stage_hash(run.folder / "answers"))
             for model, metric, value, ci, items in values
+        ] + [
+            Result(f"{run.name}/{model}", run.base.name, change["task"], change["metric"], change[when], adapter="" if model == "base" else run.name,
+                   level="F16", n=change["n"], settings=told | {"task": change["name"]}, provenance=stage_hash(run.folder / "answers"))
+            for change in row["forgetting"] for model, when in (("base", "before"), ("adapted", "after"))
         ])  # fmt: skip
