@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from tsugiki.adapt.fit import FitSettings, Probe, device_name, fit
+from tsugiki.adapt.fit import FitSettings, Probe, device_name, fit, quiet
 from tsugiki.adapt.nll import completion_nll
 from tsugiki.adapt.study import HEARTBEAT, beating, join_study, put_back, refusals, shown_storage
+from tsugiki.adapt.sweep import NOT_OF_THE_RESULT
 from tsugiki.artifacts import digest, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
@@ -39,7 +40,6 @@ UNTIMELY = 600  # seconds after which a trial that never gave a sign of life is 
 HOPELESS = 3  # failed trials, and no other, after which a search ends
 MIN_COMPLETE = 5  # finished trials below which importances are noise
 FOREST_RESAMPLES = 20  # of the trials, for the spread of the importances
-NOT_OF_THE_RESULT = ("report_to", "checkpoint_minutes")  # settings that change no number
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,9 @@ class SearchSettings:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.fit.max_steps:
             raise UserError(f"the epochs are searched, and max_steps is {self.fit.max_steps}", hint="Leave max_steps out.")
+        if self.fit.processes > 1:
+            raise UserError(f"a trial trains in one process, and processes is {self.fit.processes}",
+                            hint="Leave processes out; several GPUs search together over one database (--storage), each with its own --runs.")
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def search(base_dir: Path, data: Path, out: Path, settings: SearchSettings, *, n
     from optuna.trial import TrialState
 
     train, valid = _samples(data, settings)
-    # The probe is read where the code says, and a GPU's numbers are not the CPU's: such trials are not compared.
+    # Trials of other code, data or settings, or of a GPU beside those of a CPU, are not compared.
     told = {k: v for k, v in asdict(settings.fit).items() if k not in NOT_OF_THE_RESULT}
     key = digest([told, asdict(settings.space), settings.n, settings.valid_items, settings.readings, settings.seed, device_name(),
                   sha256_file(data / "train.jsonl"), sha256_file(data / "valid.jsonl"), fingerprint(base_dir), _code_digest()])
@@ -199,17 +202,10 @@ def run_trial(job: SearchJob, *, threads: int, progress_file: Path | None = None
     Returns:
         What to say of it; none where there is no trial left to take.
     """
-    import logging
-    import warnings
-
     import torch
     from optuna.exceptions import UpdateFinishedTrialError
-    from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     torch.set_num_threads(threads)
     samples = _samples(job.data, job.settings)
     study = join_study(job.study, job.out, job.storage, heartbeat=job.settings.heartbeat, pruner=_pruner(job.settings))
@@ -287,7 +283,7 @@ def _take(study, job: SearchJob, progress_file: Path | None):
     settings = job.settings
     while time.time() < job.deadline:
         fail_stale_trials(study)
-        _put_back_silent(study)
+        _put_back_unheard(study)
         trials = study.get_trials(deepcopy=False)
         done = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
@@ -311,7 +307,7 @@ def _take(study, job: SearchJob, progress_file: Path | None):
     return None
 
 
-def _put_back_silent(study) -> None:
+def _put_back_unheard(study) -> None:
     """Put back trials whose worker died before its first sign of life, which the storage does not know for dead."""
     from datetime import datetime, timedelta
 

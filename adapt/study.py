@@ -68,6 +68,7 @@ def join_study(name: str, folder: Path, storage: str | None = None, *, heartbeat
     from sqlalchemy.exc import NoSuchModuleError
 
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage")  # our own beating() does what Study.optimize would
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not storage:
         folder.mkdir(parents=True, exist_ok=True)

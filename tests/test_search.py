@@ -203,6 +203,12 @@ def test_what_cannot_be_searched_is_a_sentence(base, data, tmp_path, settings, m
         search(base, data, tmp_path, settings, name="x")
 
 
+@pytest.mark.parametrize(("change", "message"), [({"max_steps": 5}, "the epochs are searched, and max_steps is 5"), ({"processes": 2}, "in one process")])
+def test_settings_that_a_search_has_no_room_for_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        SearchSettings(fit=replace(FIT, **change))
+
+
 def test_there_is_no_search_without_validation_samples(base, data, tmp_path):
     shutil.copy(data / "train.jsonl", tmp_path)
     (tmp_path / "valid.jsonl").write_text("")

@@ -138,18 +138,16 @@ def test_a_database_is_shown_without_password_and_options():
     assert shown_storage("sqlite:////srv/team.db") == "sqlite:////srv/team.db"
 
 
-def test_the_command_line_refuses_an_unreachable_server_with_exit_code_two(tmp_path):
+def test_the_command_line_refuses_an_unreachable_server_with_exit_code_two(console, tmp_path, monkeypatch):
     (tmp_path / "qa.jsonl").write_text("".join(f'{{"q": "ポンプP-{i}の点検は何か月ごとですか。", "a": "{i % 5}か月"}}\n' for i in range(60)), encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(
         "title: {ja: 試験, en: Trial}\nlicence: CC0\nsource: {jsonl: qa.jsonl}\nfields: {prompt: q, completion: a}\nnear_duplicates: null\n"
         "scoring: exact_match\nmax_new_tokens: 8\nmax_tokens: 128\nsweep: {counts: [8]}\n", encoding="utf-8")
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("tsugiki")), "adapt", "search", "mine.yaml", "--n", "8"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"TSUGIKI_STORAGE": f"postgresql://me:{SECRET}@127.0.0.1:1/team"}, timeout=200,
-    )
-    assert done.returncode == 2
-    assert "the database postgresql://me@127.0.0.1:1/team cannot be used" in done.stderr
-    for text in (done.stdout, done.stderr, *(p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file())):
+    monkeypatch.setenv("TSUGIKI_STORAGE", f"postgresql://me:{SECRET}@127.0.0.1:1/team")
+    code, out, err = console("adapt", "search", "mine.yaml", "--n", "8")
+    assert code == 2
+    assert "the database postgresql://me@127.0.0.1:1/team cannot be used" in err
+    for text in (out, err, *(p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file())):
         assert SECRET not in text
 
 
