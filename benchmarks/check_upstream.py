@@ -11,8 +11,9 @@ each level; its tools are built from llama-cpp-python's source archive:
     cmake --build build --target llama-perplexity
 
 and found by ``--upstream`` or TSUGIKI_UPSTREAM; the vocabulary is in the same archive (vendor/llama.cpp/models), found by
-``--vocabulary`` or under TSUGIKI_LLAMA_CPP. Where its repacked weights crash (seen with AMX on a virtual machine), upstream
-runs with ``--no-repack``, and it is said; ours leaves repacking off there by itself. Routes alternate, the median counts.
+``--vocabulary`` or under TSUGIKI_LLAMA_CPP. Where its weights repacked for AMX tiles crash (GCC 12), upstream runs with
+``--no-repack``, and it is said; built with ``-DCMAKE_CXX_FLAGS=-include$PWD/evaluate/amx_tiles.h`` they do not. Ours repacks
+where its own build can and it pays (:mod:`tsugiki.evaluate.tiles`). Routes alternate, the median counts.
 Ratios are meaningful between machines, seconds are not.
 """
 
@@ -170,7 +171,7 @@ def main() -> None:
     Console().print(table)
     memory = rounds["tsugiki"][0]["memory"]
     Console().print(f"memory of the comparison: planned for all files together {memory['needed'] / 1e6:,.0f} MB, in {len(memory['groups'])} "
-                    f"group(s); the comparing process took {memory['peak_rss'] / 1e6:,.0f} MB")
+                    f"group(s); the comparing process took {memory['peak_rss'] / 1e6:,.0f} MB, with pages of the files that the system may drop")
     if options.json:
         write_json(options.json, {"median_seconds": medians, "upstream_options": extra, "rounds": rounds})
 

@@ -50,9 +50,10 @@ TINY = Path(__file__).parent.parent / "recipes" / "bases" / "tiny-llama"
 SUBJECT = "japanese_history"
 SHOTS, LETTERS = 5, "ABCD"
 # llama-cpp-python's server as it is, but for two things: it ends with this process, and, as the engine does, it keeps
-# weights from being repacked for AMX tiles, which crashes llama_decode on some virtual machines.
+# weights from being repacked for AMX tiles in a build where that crashes.
 SERVER = """
 import os, runpy, threading, time, llama_cpp.llama_cpp as low
+from tsugiki.evaluate.tiles import tiles_work
 def follow(parent=os.getppid()):
     while os.getppid() == parent:
         time.sleep(1)
@@ -61,7 +62,7 @@ threading.Thread(target=follow, daemon=True).start()
 defaults = low.llama_model_default_params
 def plain():
     params = defaults()
-    if b"AMX_INT8 = 1" in low.llama_print_system_info():
+    if b"AMX_INT8 = 1" in low.llama_print_system_info() and not tiles_work():
         params.use_extra_bufts = False
     return params
 low.llama_model_default_params = plain

@@ -17,7 +17,8 @@ The random-weight model of benchmarks/loglikelihood_speed.py (0.4B, the 128k voc
 
 ``--llama-cpp`` (or ``TSUGIKI_LLAMA_CPP``) is a source tree of llama.cpp, ``--upstream`` (or ``TSUGIKI_UPSTREAM``) a folder
 of its built programs (cmake with ``-DLLAMA_CURL=OFF``, target ``llama-bench``); without it (d) is left out. llama-cpp-python
-and the engine both run without the weights repacked for AMX tiles, which crash llama_decode on some virtual machines.
+and the engine both repack weights for AMX tiles where this build can (:mod:`tsugiki.evaluate.tiles`), else neither does.
+``llama-bench`` repacks either way; to compare like with like, build it with ``-include evaluate/amx_tiles.h`` too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tsugiki.artifacts import write_json
 from tsugiki.errors import UserError
 from tsugiki.evaluate.engine import Engine
 from tsugiki.evaluate.prefixes import prefix_tree, visit
+from tsugiki.evaluate.tiles import tiles_work
 from tsugiki.machine import cpu_count
 from tsugiki.quantize.convert import convert
 
@@ -89,7 +91,7 @@ def item_by_item_route(path: Path, prompts: list[list[int]], tokens: int, thread
 
     def plain():
         params = defaults()
-        if b"AMX_INT8 = 1" in low.llama_print_system_info():
+        if b"AMX_INT8 = 1" in low.llama_print_system_info() and not tiles_work():
             params.use_extra_bufts = False
         return params
 
