@@ -21,7 +21,7 @@ from tsugiki.chat import end_of_turn_id
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.lineage import check_lineage
 from tsugiki.progress import progress
-from tsugiki.quantize.adapter import Adapter, Update, merger, read_adapter
+from tsugiki.quantize.adapter import Adapter, Update, merger, read_adapter, read_adapter_config
 from tsugiki.quantize.families import (
     EMBEDDINGS,
     OUTPUT,
@@ -121,7 +121,7 @@ def convert(
     tied = config.tie_word_embeddings
     shapes = source_shapes(expected_tensors(family, config))
     check_weights(base_dir, weights, shapes, tied=tied)
-    adapter = _open_adapter(adapter_dir, base_dir, shapes, tied)
+    adapter = _open_adapter(adapter_dir, base_dir, shapes, tied, notes, f"{name} {base_model}")
     tokenizer, told = model_tokenizer(base_dir, adapter_dir, tokenizer_dir)
     notes += told
     if adapter and adapter.rows:
@@ -202,7 +202,7 @@ def convert_lora(base_dir: Path | str, out: Path | str, adapter_dir: Path | str,
     weights, tied = open_weights(base_dir), config.tie_word_embeddings
     base = expected_tensors(family, config)
     check_weights(base_dir, weights, source_shapes(base), tied=tied)
-    adapter = _open_adapter(adapter_dir, base_dir, source_shapes(base), tied)
+    adapter = _open_adapter(adapter_dir, base_dir, source_shapes(base), tied, notes)
     problems = [f"{n}: DoRA scales the whole tensor" for n, u in adapter.updates.items() if u.magnitude]
     shared = [n for n in (EMBEDDINGS, OUTPUT) if tied and n in adapter.updates]
     problems += [f"{n} is tied in the base, llama.cpp has one tensor for both" for n in shared]
@@ -282,11 +282,16 @@ def _known_type(dtype: str):
     return _TYPES[dtype]
 
 
-def _open_adapter(adapter_dir: Path | str | None, base_dir: Path, shapes: Mapping, tied: bool) -> Adapter | None:
+def _open_adapter(adapter_dir: Path | str | None, base_dir: Path, shapes: Mapping, tied: bool, notes: list[str], known: str = "") -> Adapter | None:
+    """The adapter, compared with its base: by the fingerprint beside it, else by the name that it gives, which is noted only."""
     if adapter_dir is None:
         return None
     adapter = read_adapter(Path(adapter_dir), shapes, tied)
-    check_lineage(adapter_dir, base_dir)
+    proven = check_lineage(adapter_dir, base_dir)
+    named = str(read_adapter_config(Path(adapter_dir)).get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    # a folder in the hub's cache has the name as models--organisation--name
+    if not proven and named and named.lower() not in f"{base_dir.resolve()} {known}".lower():
+        notes.append(f"the adapter says that its base is {named!r}, which this one is not called; their shapes agree, nothing else could be compared")
     return adapter
 
 

@@ -346,6 +346,15 @@ def test_a_pickled_adapter_is_refused(llama, plain, tmp_path):
     assert "no adapter_config.json" in refused(llama, tmp_path, folder)
 
 
+def test_an_adapter_that_names_another_base_of_the_same_shapes_is_noted(llama, plain, tmp_path):
+    assert not any("says that its base" in n for n in convert(llama, tmp_path / "m.gguf", plain).notes)
+    other = changed(plain, tmp_path / "a", base_model_name_or_path="somebody/other-7b")
+    assert any("says that its base is 'other-7b'" in n for n in convert(llama, tmp_path / "m.gguf", other).notes)
+    assert not any("says that" in n for n in convert(llama, tmp_path / "m.gguf", other, base_model="somebody/Other-7B").notes)
+    write_lineage(other, llama)
+    assert not any("says that" in n for n in convert(llama, tmp_path / "m.gguf", other).notes)
+
+
 def test_an_adapter_that_was_trained_on_other_weights_is_refused(llama, plain, tmp_path):
     folder = changed(plain, tmp_path / "a")
     assert check_lineage(folder, llama) is None
