@@ -252,7 +252,7 @@ def test_a_point_killed_in_mid_fit_goes_on_from_its_checkpoint_and_is_there_once
     killed = []
 
     def kill():
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not killed and time.monotonic() < deadline:
             if list(Path(tempfile.gettempdir()).glob(f"tsugiki-*/*/files/{str(tmp_path).lstrip('/')}/unfinished/*/last.json")):
                 for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
@@ -262,7 +262,7 @@ def test_a_point_killed_in_mid_fit_goes_on_from_its_checkpoint_and_is_there_once
                             killed.append(cmdline)
                     except OSError:
                         continue
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     killer = threading.Thread(target=kill)
     killer.start()
