@@ -25,6 +25,7 @@ from tsugiki.evaluate.paired import Item, compare_items, read_items
 from tsugiki.intervals import expanded, paired_interval, ratio_intervals
 from tsugiki.licences import licence_notes
 from tsugiki.progress import console, progress
+from tsugiki.recipes.bases_page import write_page
 from tsugiki.recipes.domains import load_domain
 from tsugiki.recipes.rank_bases import CONFIDENCE, Measured, choose, compare_pairs, joint_confidence, ranks
 from tsugiki.recipes.recipe import (
@@ -38,6 +39,7 @@ from tsugiki.recipes.recipe import (
     settle,
     sweep_stage,
 )
+from tsugiki.recipes.report import SCORE_NAMES
 from tsugiki.recipes.stages import alone, code_digest, run_stage, stage_hash
 from tsugiki.results import Result, replace_results
 from tsugiki.samples import EncodedSample, read_encoded, write_encoded
@@ -104,8 +106,6 @@ def compare_bases(
         result = read_comparison(ready, lost)
         _keep_rows(ready, result)
         write_json(folder / "bases.json", result)
-        from tsugiki.recipes.bases_page import write_page
-
         write_page(result, folder / "bases.html")
     return folder / "bases.json"
 
@@ -420,8 +420,6 @@ def _differs(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def _why(base: str, reason: str, beside: Sequence[str], rows: Sequence[Mapping], pairs: Sequence[Mapping], scoring: str) -> dict[str, str]:
     """The recommendation in a sentence or two, in both languages."""
-    from tsugiki.recipes.report import SCORE_NAMES
-
     of = {r["name"]: r for r in rows}
     row, (score_ja, score_en) = of[base], SCORE_NAMES.get(scoring, ("スコア", "Score"))
     value = f"{100 * row['score']['after']:.1f}%"
