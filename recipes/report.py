@@ -21,6 +21,7 @@ from markupsafe import Markup
 from tsugiki.artifacts import read_json, write_text
 from tsugiki.page import environment
 from tsugiki.page import render as fill
+from tsugiki.quantize.notes import file_notes
 from tsugiki.quantize.sensitivity import heat_map
 from tsugiki.recipes.judged import read_judged
 from tsugiki.recipes.summary import STAGES, level_changes, level_rows, read_stages, run_name
@@ -194,6 +195,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "data": data,
         "sweep": sweep,
         "gguf": stages.get("gguf", {}),
+        "file_notes": file_notes(stages.get("gguf", {}), stages.get("levels", {})),
         "check": check,
         "evaluate": evaluated,
         "stages": stages,

@@ -1,6 +1,8 @@
 """What is silently different in a file is told in both languages, with the numbers that the file itself has."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -8,6 +10,9 @@ import pytest
 
 from tsugiki.quantize.levels import make_level
 from tsugiki.quantize.notes import file_notes
+from tsugiki.recipes.report import write_report
+
+synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_run.py")))
 
 
 def narrow_model(path):
@@ -60,3 +65,14 @@ def test_a_plain_run_has_nothing_to_tell():
     plain = {"conversion": {"dtype": "f16", "wide": {}, "notes": []}, "parity_groups": [{"group": "domain", "texts": 9, "unknown": 0}],
              "bos": {"hf": 1, "gguf": 1, "gguf_added": 1}}
     assert file_notes(plain, {"levels": [{"level": "Q8_0", "bpw": 8.5, "fallbacks": []}]}) == file_notes({}, {}) == []
+
+
+def test_the_report_shows_the_notes_as_text(tmp_path):
+    stages = synthetic["stage_files"]()
+    stages["gguf"]["conversion"] = {"dtype": "f16", "wide": {}, "notes": ["a note with <b>&"]}
+    stages["levels"]["levels"][-1]["fallbacks"] = [{"name": "output.weight", "row": 96, "type": "Q5_0"}]
+    folder = synthetic["write_run"](tmp_path, stages)
+    write_report(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "a note with &lt;b&gt;&amp;" in page and "a note with <b>" not in page
+    assert "1 matrices have rows that its types cannot take" in page and "別の型で書かれています（1 × Q5_0）" in page
