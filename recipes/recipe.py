@@ -555,11 +555,11 @@ def benchmark_data(data_dir: Path | None) -> list[Any]:
 
 def report_stage(run: Run) -> bool:
     """``summary.json`` for programs, ``report.html`` for people, ``model-card.md`` for whoever gets the files."""
-    from tsugiki.recipes.report import scaling_page, write_report
+    from tsugiki.recipes.report import bases_page, scaling_page, write_report
 
     stages = [s for s in STAGES if s != "report" and (run.folder / s / "stage.json").exists()]
     inputs = {
-        "scaling": scaling_page(run.folder),
+        "pages": [scaling_page(run.folder), bases_page(run.folder)],
         "stages": {s: sha256_file(run.folder / s / "stage.json") for s in stages},
         "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary", "tsugiki.recipes.card"),
         "templates": [sha256_file(Path(__file__).with_name(name)) for name in ("report.html", "model_card.md.j2")],

@@ -119,11 +119,16 @@ def scaling_page(run_dir: Path) -> str:
     return "../../scaling/scaling.html" if (run_dir / ".." / ".." / "scaling" / "scaling.html").is_file() else ""
 
 
+def bases_page(run_dir: Path) -> str:
+    """Where the page of ``tsugiki recipe bases`` lies from a run's report, or ""."""
+    return "../bases.html" if (run_dir / ".." / "bases.html").is_file() else ""
+
+
 def render(run_dir: Path) -> str:
     """The page as text. Every value is escaped; the embedded JSON cannot end its script element."""
     stages = read_stages(run_dir)
     timings = _timings(run_dir)
-    view = _view(run_dir, stages, timings) | {"scaling": scaling_page(run_dir)}
+    view = _view(run_dir, stages, timings) | {"scaling": scaling_page(run_dir), "bases_page": bases_page(run_dir)}
     page = environment("tsugiki.recipes")
     page.filters.update(num=_num, signed=_signed, pct=_pct, points=_points, score=_score, size=_size, count=_count, plain=_plain)
     page.filters.update(share=_share, reason_ja=reason_ja, visible=_visible, seconds_ja=_seconds_ja, seconds_en=_seconds_en, safe_path=_safe_path)
