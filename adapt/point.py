@@ -133,7 +133,7 @@ class PointJob:
 
     def watched_key(self) -> list:
         """What tells the watched samples from others."""
-        return [self.watched, sha256_file(self.data / "valid.jsonl")]
+        return [self.watched, READINGS, sha256_file(self.data / "valid.jsonl")]
 
     def of(self, n: int, seed: int) -> PointJob:
         """Another point of the same sweep."""

@@ -120,7 +120,8 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
     for folder, study in studies.items():
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
         done = [job for curve in curves for job in curve if job.out == folder]
-        record_untold(study, {(job.n, job.seed): job.read().nll for job in done}, done[0].key)
+        if done:
+            record_untold(study, {(job.n, job.seed): job.read().nll for job in done}, done[0].key)
 
     read = [_read_curve(curve, tokens, documents) for curve in curves]
     at = read[0]["optimum"]["n"]
@@ -268,8 +269,7 @@ def _run_jobs(jobs: list[PointJob], settings: SweepSettings, studies: dict) -> N
                 trial = trials.pop(job)
                 for step, reading in job.readings():
                     trial.report(reading, step)
-                study = studies[job.out]
-                study.tell(trial, nll) if nll is not None else study.tell(trial, state=TrialState.PRUNED)
+                studies[job.out].tell(trial, nll, state=TrialState.COMPLETE if nll is not None else TrialState.PRUNED)
             console.print(f"  {task.label}: " + (f"test NLL {nll:.4f} nats/token" if nll is not None else _ended(job.lost())))
     except TaskError as error:
         job = tasks[error.task]

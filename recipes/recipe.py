@@ -307,8 +307,9 @@ def base_folder(run: Run) -> Path:
 
 def sweep_stage(run: Run) -> bool:
     """One adapter for each sample count, all scored on the same test samples; the best is kept."""
+    watched = ["valid.jsonl"] if run.settings.sweep.search == "adaptive" else []
     inputs = {
-        "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl"),
+        "data": stage_hash(run.folder / "data", "train.jsonl", "test.jsonl", *watched),
         "base": fingerprint(run.base_dir),
         "settings": dataclasses.asdict(run.settings.sweep),
         "code": code_digest("tsugiki.adapt.sweep"),
@@ -322,6 +323,8 @@ def sweep_stage(run: Run) -> bool:
             f"  optimum: {best['n']:,} samples, test NLL {best['nll']:.4f} nats/token "
             f"({best['nll_ci'][0]:.4f} to {best['nll_ci'][1]:.4f}); within one standard error: {best['one_se_n']:,}"
         )
+        if other := result.get("equal_steps"):
+            console.print(f"  with equal steps: {other['optimum']['n']:,} samples, test NLL {other['optimum']['nll']:.4f} nats/token")
         if ahead := result["forecast"]:
             console.print(
                 f"  with {ahead['at']:,} samples the law of the curve expects {ahead['nll']:.4f} ({ahead['nll_ci'][0]:.4f} to "

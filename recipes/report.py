@@ -199,6 +199,7 @@ def _view(run_dir: Path, stages: dict[str, Any], timings: list[dict[str, Any]]) 
         "title": {"ja": title.get("ja") or domain, "en": title.get("en") or domain},
         "data": data,
         "sweep": sweep,
+        "aside": _aside(sweep.get("search") or {}),
         "gguf": stages.get("gguf", {}),
         "file_notes": file_notes(stages.get("gguf", {}), stages.get("levels", {})),
         "check": check,
@@ -397,6 +398,19 @@ def _margins(settings: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _aside(search: dict[str, Any]) -> list[dict[str, Any]]:
+    """The counts without a point on an adaptive sweep's curve, whether their fit was ended early, and why."""
+    ended = [
+        {"n": fit["n"], "ended": True, "why": {
+            "ja": f"{fit['of_steps']:,}ステップ中{fit['steps']:,}で打ち切り（検証NLLで{fit['rival']:,}件を下回れない）",
+            "en": f"ended after {fit['steps']:,} of {fit['of_steps']:,} steps: on the validation samples it cannot come under {fit['rival']:,}",
+        }}
+        for fit in search.get("ended_early", [])
+    ]  # fmt: skip
+    never = [{"n": row["n"], "ended": False, "why": row["why"]} for row in search.get("not_trained", [])]
+    return sorted(ended + never, key=lambda row: row["n"])
+
+
 def _chart_data(view: dict[str, Any]) -> dict[str, Any]:
     """What the page's script draws."""
     sweep = view["sweep"]
@@ -406,6 +420,8 @@ def _chart_data(view: dict[str, Any]) -> dict[str, Any]:
         "base": sweep.get("base"),
         "optimum": sweep.get("optimum"),
         "p_best": sweep.get("p_best_by_n", {}),
+        "equal_steps": (sweep.get("equal_steps") or {}).get("points", []),
+        "aside": view["aside"],
         "scores": view["scores"],
         "gains": view["gains"],
         "score_name": view["score_name"],

@@ -298,6 +298,21 @@ def test_equal_steps_give_every_count_the_steps_of_the_largest(base, data, tmp_p
     assert (result["settings"]["mode"], result["settings"]["fit"]["max_steps"]) == ("steps", 8)
 
 
+def test_both_modes_are_two_curves_that_share_the_largest_count(swept, base, data, tmp_path):
+    result = run_sweep(base, data, tmp_path, replace(SETTINGS, mode="both"))
+    steps = result["equal_steps"]
+    assert [(p["n"], p["steps"]) for p in result["points"]] == [(8, 2), (16, 4)]
+    assert [(p["n"], p["steps"], p["epochs"]) for p in steps["points"]] == [(8, 4, 2), (16, 4, 1)]
+    assert steps["points"][1] == result["points"][1]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("nats.npy")) == [
+        "equal_steps/points/n000008-s0/nats.npy", *(f"points/{name}/nats.npy" for name in ("base", "n000008-s0", "n000016-s0")),
+    ]
+    assert [p["nll"] for p in result["points"]] == [p["nll"] for p in swept[1]["points"]]
+    assert (result["kept"]["n"], result["optimum"]) == (swept[1]["kept"]["n"], swept[1]["optimum"])
+    assert steps["optimum"]["n"] == min(steps["points"], key=lambda p: p["nll"])["n"]
+    assert result["settings"]["mode"] == "both" and result["settings"]["fit"]["max_steps"] == 0
+
+
 def test_a_point_that_fails_is_named_and_the_finished_ones_are_kept(swept, base, data, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(swept[0], out)
@@ -330,7 +345,7 @@ def test_too_few_samples_are_refused_with_both_numbers(base, data, tmp_path):
         run_sweep(base, data, tmp_path, SweepSettings())
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "tokens"}, {"mode": "steps", "fit": replace(FIT, max_steps=5)}, {"counts": ()}, {"counts": (0, 8)}, {"counts": (8, 8)}, {"seeds": ()}, {"seeds": (1, 1)}])
+@pytest.mark.parametrize("wrong", [{"mode": "tokens"}, {"mode": "steps", "fit": replace(FIT, max_steps=5)}, {"mode": "both", "fit": replace(FIT, max_steps=5)}, {"search": "random"}, {"counts": ()}, {"counts": (0, 8)}, {"counts": (8, 8)}, {"seeds": ()}, {"seeds": (1, 1)}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SweepSettings(**wrong)
