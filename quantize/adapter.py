@@ -182,7 +182,7 @@ class _Found:
 
 def _sorted_tensors(path: Path, config: dict, problems: list[str]) -> _Found:
     found = _Found({}, {}, {}, {})
-    saved = [str(m) for m in config.get("modules_to_save") or []]
+    saved = config.get("modules_to_save") or []
     for key, stored in read_header(path).items():
         match = _KEY.fullmatch(key)
         if not match:
@@ -346,6 +346,21 @@ def read_adapter_config(folder: Path) -> dict:
         f"{k} is {config.get(k)!r}, not a positive number"
         for k in ("r", "lora_alpha") if not isinstance(config.get(k), int | float) or config[k] <= 0
     ]
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(m, str) for m in saved)):
+        wrong.append(f"modules_to_save is {saved!r}, no list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            wrong.append(f"{key} is {patterns!r}, no object")
+            continue
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                wrong.append(f"{key}: {pattern!r} is no regular expression: {error}")
+            if not isinstance(value, int | float) or value <= 0:
+                wrong.append(f"{key}: {pattern!r} is {value!r}, not a positive number")
     raise_problems(wrong, what=str(path))
     return config
 

@@ -281,7 +281,9 @@ def refused(base, tmp_path, adapter):
     ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"), ({"init_lora_weights": "loftq"}, "LoftQ changed the base"),
     ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base"), ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
     ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"), ({"arrow_config": {"top_k": 3}}, "Arrow"),
-    ({"r": 5}, "ranks 4 (A), 4 (B) and 5 (adapter_config.json) differ"), ({"r": 0}, "r is 0"), ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+    ({"r": 5}, "ranks 4 (A), 4 (B) and 5 (adapter_config.json) differ"), ({"r": 0}, "r is 0"), ({"modules_to_save": 5}, "modules_to_save is 5"), ({"rank_pattern": ["q"]}, "rank_pattern is ['q']"),
+    ({"alpha_pattern": {"q_(": 2}}, "'q_(' is no regular expression"), ({"rank_pattern": {"q_proj": "x"}}, "'q_proj' is 'x', not a positive number"),
+    ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
 ])
 def test_kinds_that_would_be_merged_wrongly_are_refused_by_name(llama, plain, tmp_path, config, sentence):
     assert sentence in refused(llama, tmp_path, changed(plain, tmp_path / "a", **config))
