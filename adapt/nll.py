@@ -78,7 +78,7 @@ def completion_nll(
     for batch in batches_by_length([len(s.ids) for s in samples], tokens_per_batch):
         ids, mask, rows, columns, targets = pad_batch([samples[i] for i in batch], pad_id=0)
         with torch.inference_mode():
-            hidden = body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+            hidden = body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state.to(device)
             logits = head(hidden[rows.to(device), columns.to(device)]).float()
             losses = torch.nn.functional.cross_entropy(logits, targets.to(device), reduction="none").double().cpu()
         nats[batch] = np.bincount(rows.numpy(), weights=losses.numpy(), minlength=len(batch))
@@ -135,7 +135,8 @@ def _check_samples(model, samples: Sequence[EncodedSample]) -> None:
         if not s.completion_ids or not s.prompt_ids:
             raise UserError(f"sample {s.id} has an empty {'prompt' if s.completion_ids else 'completion'}")
         if context and len(s.ids) > context:
-            raise UserError(f"sample {s.id} has {len(s.ids)} tokens, the model's context is {context}")
+            raise UserError(f"sample {s.id} has {len(s.ids)} tokens, the model's context is {context}",
+                            hint=f"Set the domain's max_tokens to at most {context}: longer samples are dropped and counted.")
 
 
 def bits_per_character(nll: Nll, samples: Sequence[EncodedSample]) -> float:
