@@ -188,7 +188,7 @@ def test_a_sample_that_does_not_fit_is_refused_with_both_numbers(files, samples)
 
 def test_the_parent_survives_a_child_that_aborts(tmp_path, monkeypatch):
     script = tmp_path / "aborts"
-    script.write_text("#!/bin/sh\ncat > /dev/null\necho 'GGML_ASSERT failed' >&2\nkill -ABRT $$\n")
+    script.write_text("#!/bin/sh\nread job\necho 'GGML_ASSERT failed' >&2\nkill -ABRT $$\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(UserError, match=r"SIGABRT: GGML_ASSERT failed") as error:
