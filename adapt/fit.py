@@ -302,12 +302,12 @@ def fit(
     processes = process_count()
     micro_batch = share_of_batch(settings, processes)  # as it is now: memory may run out
     _check_device(settings, gpu)
-    packed = flash_attention() if settings.packing is None else settings.packing
     fsdp = bool(settings.fsdp) and processes > 1
     targets = log_targets(settings.report_to)
     model = load_base(base_dir, four_bit=settings.four_bit)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_trainable(samples, context, special_ids(tokenizer))
+    packed = model.config._attn_implementation.startswith("flash") if settings.packing is None else settings.packing
     model = add_adapter(model, settings, seed)
     four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
     checkpointing = (four_bit or settings.offload) if settings.checkpointing is None else settings.checkpointing
