@@ -242,6 +242,11 @@ def test_a_wrong_password_is_a_sentence(postgres, tmp_path):
     assert "Andereswort" not in str(caught.value)
 
 
+def test_the_password_may_come_from_libpqs_own_variable(postgres, tmp_path, monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", SECRET.replace("%21", "!"))
+    assert join_study("y", tmp_path, postgres.replace(f":{SECRET}", "")).get_trials() == []
+
+
 def test_two_machines_share_a_search_and_the_trial_of_a_killed_one_is_done_by_the_other(postgres, tmp_path):
     of_search = runpy.run_path(str(Path(__file__).with_name("test_search.py")))
     base, data = of_search["make_base"](tmp_path / "my-base"), tmp_path / "data"
