@@ -255,8 +255,11 @@ def test_a_tokenizer_of_another_kind_is_refused(llama, tmp_path):
     said = refused(base, tmp_path)
     assert "pre-tokenizer" in said
     assert "llama-bpe" in said
-    larger = copy_of(llama, tmp_path / "b", vocab_size=6000)
-    assert "ids up to 6143, the model has 6000 embedding rows" in refused(larger, tmp_path)
+    larger = copy_of(llama, tmp_path / "b")
+    spec = json.loads((larger / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][-1] | {"id": 6144, "content": "室外機"})
+    (larger / "tokenizer.json").write_text(json.dumps(spec))
+    assert "ids up to 6144, the model has 6144 embedding rows" in refused(larger, tmp_path)
 
 
 def test_a_failed_conversion_leaves_the_old_file(llama, tmp_path):
