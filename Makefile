@@ -9,8 +9,10 @@ PYTHON ?= python3
 
 BIN := .venv/bin
 ARGS = $(DOMAIN) --base $(BASE) --runs $(RUNS)
+# Forced into llama.cpp's compilation: matrix tiles (AMX) that do not crash. The flag takes no path with a space.
+TILES := $(if $(word 2,$(CURDIR)),,-DCMAKE_CXX_FLAGS=-include$(CURDIR)/evaluate/amx_tiles.h)
 # llama.cpp is compiled for this machine, without its programs.
-LLAMA := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF $(if $(CUDA),-DGGML_CUDA=on)
+LLAMA := $(TILES) -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF $(if $(CUDA),-DGGML_CUDA=on)
 STAMP := .venv/.installed$(if $(CUDA),-cuda)
 
 .PHONY: help setup recipe chat compare scale test lint upstream bench tiny-bases clean
@@ -54,7 +56,7 @@ upstream: setup  ## build llama.cpp's own programs, for the side-by-side runs of
 	@test -x $(UPSTREAM)/bin/llama-bench || { set -e; mkdir -p build/llama-cpp-python; \
 	$(BIN)/pip download -q -c constraints.txt --no-deps --no-binary llama-cpp-python -d build llama-cpp-python; \
 	tar xzf build/llama_cpp_python-*.tar.gz -C build/llama-cpp-python --strip-components=1; \
-	cmake -S build/llama-cpp-python/vendor/llama.cpp -B $(UPSTREAM) -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
+	cmake -S build/llama-cpp-python/vendor/llama.cpp -B $(UPSTREAM) -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF $(TILES) \
 	-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF > /dev/null; \
 	cmake --build $(UPSTREAM) -j --target llama-quantize llama-imatrix llama-perplexity llama-bench > /dev/null; }
 
