@@ -34,7 +34,7 @@ def render(result: Mapping[str, Any]) -> str:
         "names": {"ja": title.get("ja") or result["domain"], "en": title.get("en") or result["domain"]},
         "score_name": SCORE_NAMES.get(result["scoring"], ("スコア", "Score")), "gpu": result["device"] == "cuda",
         "score_chart": chart([_mark(b, b["score"]) for b in bases], best=best, percent=True),
-        "bits_chart": chart([_mark(b, b["bits"]) for b in bases], best=best),
+        "bits_chart": chart([_mark(b, b["bits"]) | {"before": None} for b in bases], best=best),  # beside it all others would be one
         "tasks": _tasks(bases), "not_measured": _not_measured(bases), "size": _size,
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }  # fmt: skip
@@ -46,8 +46,8 @@ def _mark(base: Mapping, measure: Mapping) -> dict[str, Any]:
 
 
 def chart(marks: Sequence[Mapping[str, Any]], *, best: str, percent: bool = False) -> Markup:
-    """A line a base: an open circle before, a filled one after with its interval; the axis starts at 0."""
-    highest = max(max(m["before"], m["after"], *(m["after_ci"] or [0])) for m in marks) or 1.0
+    """A line a base: a filled circle after adaptation with its interval, an open one before where it is given; the axis starts at 0."""
+    highest = max(max(m["before"] or 0, m["after"], *(m["after_ci"] or [0])) for m in marks) or 1.0
     step = next(s * 10.0**e for e in range(-4, 5) for s in (1, 2, 5) if s * 10.0**e * 5 >= highest)
     top = 1.0 if percent and highest > 0.8 else step * -(-highest // step)
     height = TOP + ROW * len(marks) + FOOT
@@ -64,18 +64,24 @@ def chart(marks: Sequence[Mapping[str, Any]], *, best: str, percent: bool = Fals
         parts.append(f'<path class="grid" d="M{x(value)} {TOP}V{height - FOOT + 4}"/><text x="{x(value)}" y="{height - 6}" text-anchor="middle">{text(value)}</text>')
     for i, m in enumerate(marks):
         y = TOP + ROW * i + ROW / 2
-        told = f"{m['name']}: {_value(m['before'], percent)} → {_value(m['after'], percent)}"
+        told = _told(m, percent)
         if m["after_ci"]:
             told += f" ({_value(m['after_ci'][0], percent)} – {_value(m['after_ci'][1], percent)})"
+        old = f'<path class="way" d="M{x(m["before"])} {y}H{x(m["after"])}"/>' if m["before"] is not None else ""
+        start = f'<circle class="before" cx="{x(m["before"])}" cy="{y}" r="4.5"/>' if m["before"] is not None else ""
         line = f'<path class="reach" d="M{x(m["after_ci"][0])} {y}H{x(m["after_ci"][1])}"/>' if m["after_ci"] else ""
         parts.append(
             f'<g class="{"best" if m["name"] == best else "base"}"><title>{escape(told)}</title>'
             f'<text class="name" x="0" y="{y + 4}">{escape(m["name"] if len(m["name"]) < 18 else m["name"][:16] + "…")}</text>'
-            f'<path class="way" d="M{x(m["before"])} {y}H{x(m["after"])}"/>{line}'
-            f'<circle class="before" cx="{x(m["before"])}" cy="{y}" r="4.5"/><circle class="after" cx="{x(m["after"])}" cy="{y}" r="5.5"/></g>'
+            f'{old}{line}{start}<circle class="after" cx="{x(m["after"])}" cy="{y}" r="5.5"/></g>'
         )
-    label = escape("; ".join(f"{m['name']} {_value(m['before'], percent)} → {_value(m['after'], percent)}" for m in marks))
+    label = escape("; ".join(_told(m, percent) for m in marks))
     return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def _told(m: Mapping[str, Any], percent: bool) -> str:
+    before = "" if m["before"] is None else f"{_value(m['before'], percent)} → "
+    return f"{m['name']}: {before}{_value(m['after'], percent)}"
 
 
 def _value(value: float, percent: bool) -> str:

@@ -447,6 +447,10 @@ def _why(base: str, reason: str, beside: Sequence[str], rows: Sequence[Mapping],
     if row["score"]["change"] != "gained":
         ja += "ただし、適応の前より確かに良くなったとは言えません。"
         en += " But that it gained from the adaptation is not shown."
+    if row["lost"]:
+        tasks = [c["task"].partition("[")[0] for c in row["forgetting"] if c["change"] == "lost"]
+        ja += f"適応で確かに下がった課題：{'、'.join(tasks)}。"
+        en += f" Its adaptation surely lost on {' and '.join(tasks)}."
     for note in row["licence_notes"]:
         ja, en = ja + note["ja"], f"{en} {note['en'][:1].upper()}{note['en'][1:]}."
     return {"ja": ja, "en": en.strip()}

@@ -69,14 +69,14 @@ def test_too_few_documents_have_no_interval_and_no_winner():
 
 
 def test_three_equal_bases_are_seldom_told_apart():
-    """At 95 % together, of 200 comparisons of three bases that are equally good some 10 may name a winner."""
+    """At 95 % together, of 100 comparisons of three bases that are equally good some 5 may name a winner."""
     rng, named = np.random.default_rng(7), 0
     documents = [f"d{i // 2}" for i in range(80)]
-    for trial in range(200):
+    for trial in range(100):
         scores = rng.random((3, 80)) < np.repeat(rng.beta(2, 2, (3, 40)), 2, axis=1)  # answers about one document are alike
         found = [some(n, s, np.ones(80)) for n, s in zip("abc", scores, strict=True)]
         named += any(p["score"]["better"] for p in compare_pairs(found, documents, np.ones(80), documents, resamples=400, seed=trial))
-    assert named <= stats.binom.ppf(0.999, 200, 0.05)
+    assert named <= stats.binom.ppf(0.999, 100, 0.05)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.floats(-0.5, 0.5), st.sampled_from([0.9, 0.95, 0.99]))
@@ -253,7 +253,8 @@ def test_rows_of_the_results_table_lie_beside_those_of_a_runs_own(compared, foun
 
 def test_the_page_needs_nothing_from_elsewhere_and_tells_the_numbers(compared, found):
     page = compared.with_suffix(".html").read_text(encoding="utf-8")
-    assert "http://" not in page and "https://" not in page and str(compared.parents[2]) not in page
+    plain = page.replace('"http://www.w3.org/2000/svg"', "")  # a name, which is not fetched
+    assert "http://" not in plain and "https://" not in plain and str(compared.parents[2]) not in page
     for row in found["bases"]:
         assert f"{row['bits']['after']:.3f}" in page and f"{100 * row['score']['after']:.1f}%" in page
     assert found["recommended"]["why"]["ja"] in page and found["recommended"]["why"]["en"].replace("'", "&#39;") in page
