@@ -254,6 +254,10 @@ def data_stage(run: Run) -> bool:
         from tsugiki.chat import encode, end_of_turn_id, supply_template
         from tsugiki.tokenizers import load_tokenizer
 
+        context = profile(run.base_dir).context
+        if context and domain.max_tokens > context:
+            raise UserError(f"max_tokens is {domain.max_tokens:,}, and the base {run.base.name} has a context of {context:,} tokens",
+                            where=str(domain.path), hint=f"Set max_tokens to {context:,} or less, or take a base with a longer context.")
         base_dir = supply_template(run.base_dir, run.base.family, folder / "base")
         tokenizer = load_tokenizer(base_dir)
         splits = load_splits(domain, run.data_dir)

@@ -194,6 +194,13 @@ def test_a_mistake_leaves_the_earlier_run_as_it_was(copy):
     assert recipe(copy)[1] == set()
 
 
+def test_samples_may_not_be_longer_than_the_bases_context(tmp_path):
+    new_folder(tmp_path)
+    (tmp_path / "mine.yaml").write_text(YAML.replace("max_tokens: 128", "max_tokens: 4096"), encoding="utf-8")
+    done = run(tmp_path, "recipe", "run", "mine.yaml", settings=SETTINGS)
+    assert done.returncode == 2 and "max_tokens is 4,096" in done.stderr and "2,048 tokens" in done.stderr
+
+
 def test_two_runs_of_one_recipe_do_not_mix(copy):
     with (copy / "runs/mine/tiny-llama/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
