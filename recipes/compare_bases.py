@@ -293,7 +293,7 @@ def read_comparison(runs: Sequence[Run], lost: Mapping[str, Mapping[str, int]]) 
     rows.sort(key=lambda r: (r["rank_score"], r["rank_bits"], -r["score"]["after"]))
     forgetting = [r for r in rows if r["forgetting"]]
     base, reason, beside = choose(
-        [{"name": r["name"], "lost": r["lost"] if len(forgetting) == len(rows) else None, "bytes": r["bytes"][LEVEL]} for r in rows], pairs
+        [{"name": r["name"], "score": r["score"]["after"], "lost": r["lost"] if len(forgetting) == len(rows) else None, "bytes": r["bytes"][LEVEL]} for r in rows], pairs
     )
     data = read_json(runs[0].folder / "data" / "data.json")
     return {
@@ -436,7 +436,10 @@ def _why(base: str, reason: str, beside: Sequence[str], rows: Sequence[Mapping],
     else:
         ja += f"{score_ja}（{value}）でも1文字あたりのビット数でも{others_ja}と区別できません。"
         en += f"neither {score_en.lower()} ({value}) nor bits per character tell it from {others_en}. "
-        if reason == "forgetting":
+        if reason == "measured":
+            ja += f"測った{score_ja}は最も高いものです。"
+            en += f"Its measured {score_en.lower()} is the highest."
+        elif reason == "forgetting":
             ja += f"忘れた課題が最も少ない（{row['lost']}）。"
             en += f"It forgot the fewest benchmarks ({row['lost']})."
         elif reason == "size":

@@ -16,7 +16,6 @@ import numpy as np
 from tsugiki.intervals import expanded, paired_interval, ratio_intervals
 
 CONFIDENCE = 0.95  # of all pairwise statements together
-ADJECTIVES = {"score": ("高い", "higher"), "bits": ("少ない", "fewer")}
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def compare_pairs(
         for b in found[i + 1 :]:
             difference = a.scores.mean(axis=0) - b.scores.mean(axis=0)
             score = paired_interval(difference, score_documents, confidence=each, **options)
-            score = with_seeds(float(difference.mean()), score, a.scores.mean(axis=1), b.scores.mean(axis=1), each)
+            score = with_seeds(float(difference.mean()), score, [m.scores.mean(axis=1) for m in found], each)
             nats = (a.nats.mean(axis=0) - b.nats.mean(axis=0)) / math.log(2)
             bits = ratio_intervals(nats[None], characters, bits_documents, confidence=expanded(each, documents), **options)[0]
-            per_fit = [m.nats.sum(axis=1) / math.log(2) / characters.sum() for m in (a, b)]
+            per_fit = [m.nats.sum(axis=1) / math.log(2) / characters.sum() for m in found]
             mean = float(nats.sum() / characters.sum())
-            bits = with_seeds(mean, bits, *per_fit, each)
+            bits = with_seeds(mean, bits, per_fit, each)
             rows.append({
                 "first": a.name, "second": b.name,
                 "score": _pair(float(difference.mean()), score, a.name, b.name),
@@ -82,25 +81,26 @@ def compare_pairs(
 
 
 def with_seeds(
-    middle: float, interval: tuple[float, float] | None, first: np.ndarray, second: np.ndarray, confidence: float
+    middle: float, interval: tuple[float, float] | None, fits: Sequence[np.ndarray], confidence: float
 ) -> tuple[float, float] | None:
     """An interval over documents, wider by what another seed may bring.
 
-    The mean of K fits has its own interval over seeds: Student's, with the two sides' pooled spread and ``2 (K − 1)``
-    degrees of freedom. The two distances from the middle are added as squares, as those of independent errors. Of one
-    seed nothing can be said: the interval stays.
+    The difference of two means of K fits has its own interval over seeds: Student's, with the spread between the fits of
+    one base pooled over all B bases and ``B (K − 1)`` degrees of freedom. The two distances from the middle are added as
+    squares, as those of independent errors. Of one seed nothing can be said: the interval stays.
 
     Args:
         middle: the difference.
         interval: of it, over documents.
-        first, second: ``(K,)``, the numbers of the fits, whose means' difference ``middle`` is.
+        fits: for every base ``(K,)``, the numbers of its fits.
     """
     from scipy.stats import t
 
-    if interval is None or len(first) < 2:
+    number = len(fits[0])
+    if interval is None or number < 2:
         return interval
-    spread = math.sqrt((np.var(first, ddof=1) + np.var(second, ddof=1)) / len(first))
-    reach = spread * t.ppf((1 + confidence) / 2, 2 * (len(first) - 1))
+    spread = math.sqrt(2 * float(np.mean([np.var(f, ddof=1) for f in fits])) / number)
+    reach = spread * t.ppf((1 + confidence) / 2, len(fits) * (number - 1))
     return middle - math.hypot(middle - interval[0], reach), middle + math.hypot(interval[1] - middle, reach)
 
 
@@ -119,11 +119,12 @@ def ranks(names: Sequence[str], pairs: Sequence[Mapping[str, Any]], measure: str
 def choose(bases: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> tuple[str, str, list[str]]:
     """The base to take: what decides is asked in turn, and only among those that nothing before could tell apart.
 
-    1. ``score``: no base has a surely higher one. 2. ``bits``: none of those left has surely fewer. 3. ``forgetting``:
-    the fewest benchmarks surely lost. 4. ``size``: the smallest file. 5. ``order``: the first named.
+    1. ``score``: no base has a surely higher one. 2. ``bits``: none of those left has surely fewer. Not told apart is not
+    the same as equal, so then 3. ``measured``: the highest measured score is the best guess. Where that is the same, 4.
+    ``forgetting``: the fewest benchmarks surely lost. 5. ``size``: the smallest file. 6. ``order``: the first named.
 
     Args:
-        bases: rows with ``name``, ``lost`` (a count, None where nothing was measured) and ``bytes`` of the file.
+        bases: rows with ``name``, ``score``, ``lost`` (a count, None where nothing was measured) and ``bytes`` of the file.
 
     Returns:
         the name, what decided, and the bases that were not told apart from it before that.
@@ -135,7 +136,7 @@ def choose(bases: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
         if len(best) == 1:
             return best[0], measure, [name for name in left if name != best[0]]
         left = best
-    of: dict[str, Callable[[Mapping[str, Any]], Any]] = {"forgetting": lambda b: b["lost"], "size": lambda b: b["bytes"]}
+    of: dict[str, Callable[[Mapping[str, Any]], Any]] = {"measured": lambda b: -b["score"], "forgetting": lambda b: b["lost"], "size": lambda b: b["bytes"]}
     for reason, key in of.items():
         values = {b["name"]: key(b) for b in bases if b["name"] in left}
         if None in values.values():

@@ -79,23 +79,31 @@ def test_three_equal_bases_are_seldom_told_apart():
     assert named <= stats.binom.ppf(0.999, 100, 0.05)
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.floats(-0.5, 0.5), st.sampled_from([0.9, 0.95, 0.99]))
+@given(st.lists(st.integers(0, 100).map(lambda k: k / 100), min_size=2, max_size=6), st.floats(-0.5, 0.5), st.sampled_from([0.9, 0.95, 0.99]))
 @settings(max_examples=60, deadline=None)
 def test_the_spread_between_seeds_is_students_where_documents_say_nothing(first, shift, confidence):
     a, b = np.asarray(first), np.asarray(first[::-1]) * 0.7 + shift
     middle = float(a.mean() - b.mean())
-    found = with_seeds(middle, (middle, middle), a, b, confidence)
-    if np.var(a) + np.var(b) < 1e-12:
-        assert found == pytest.approx((middle, middle), abs=1e-6)
+    found = with_seeds(middle, (middle, middle), [a, b], confidence)
+    if len(set(first)) == 1:
+        assert found == pytest.approx((middle, middle), abs=1e-9)
     else:
         expected = stats.ttest_ind(a, b).confidence_interval(confidence)
         assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
-    wide = with_seeds(middle, (middle - 0.1, middle + 0.2), a, b, confidence)
+    wide = with_seeds(middle, (middle - 0.1, middle + 0.2), [a, b], confidence)
     assert wide[0] <= middle - 0.1 + 1e-12 and wide[1] >= middle + 0.2 - 1e-12
 
 
+def test_all_bases_tell_how_far_seeds_spread():
+    """With three bases the pooled spread is the root of the within-group mean square of an analysis of variance."""
+    fits = [np.array([0.3, 0.4]), np.array([0.5, 0.52]), np.array([0.1, 0.16])]
+    within = sum((x - f.mean()) ** 2 for f in fits for x in f) / 3
+    expected = stats.t.ppf(0.975, 3) * math.sqrt(within * (1 / 2 + 1 / 2))
+    assert with_seeds(0.0, (0.0, 0.0), fits, 0.95) == pytest.approx((-expected, expected))
+
+
 def test_one_seed_leaves_the_interval_and_seeds_that_disagree_undo_a_winner():
-    assert with_seeds(0.1, (0.05, 0.15), np.array([0.6]), np.array([0.5]), 0.95) == (0.05, 0.15)
+    assert with_seeds(0.1, (0.05, 0.15), [np.array([0.6]), np.array([0.5])], 0.95) == (0.05, 0.15)
     documents = [f"d{i}" for i in range(200)]
     better = np.r_[np.ones(120), np.zeros(80)]
     worse = np.r_[np.ones(20), np.zeros(180)]
@@ -108,13 +116,15 @@ def pair(first, second, score=None, bits=None):
     return {"first": first, "second": second, "score": {"better": score}, "bits": {"better": bits}}
 
 
-ROWS = [{"name": "a", "lost": 1, "bytes": 300}, {"name": "b", "lost": 1, "bytes": 200}, {"name": "c", "lost": 0, "bytes": 400}]
+ROWS = [{"name": n, "score": 0.0, "lost": lost, "bytes": size} for n, lost, size in (("a", 1, 300), ("b", 1, 200), ("c", 0, 400))]
 
 
 @pytest.mark.parametrize(("pairs", "rows", "expected"), [
     ([pair("a", "b", "a", "b"), pair("a", "c", "a", "c"), pair("b", "c")], ROWS, ("a", "score", ["b", "c"])),
     # the score sets c apart and not a from b, which bits tell apart; that c has the fewest bits does not bring it back
     ([pair("a", "b", None, "b"), pair("a", "c", "a", "c"), pair("b", "c", "b", "c")], ROWS, ("b", "bits", ["a"])),
+    # the highest measured score comes before what is lost and what is small
+    ([pair("a", "b"), pair("a", "c"), pair("b", "c")], [{**ROWS[0], "score": 0.37}, {**ROWS[1], "score": 0.29}, ROWS[2]], ("a", "measured", ["b", "c"])),
     ([pair("a", "b"), pair("a", "c"), pair("b", "c")], ROWS, ("c", "forgetting", ["a", "b"])),
     ([pair("a", "b"), pair("a", "c"), pair("b", "c")], [{**r, "lost": None} for r in ROWS], ("b", "size", ["a", "c"])),
     ([pair("a", "b"), pair("a", "c"), pair("b", "c")], [{**r, "lost": 0, "bytes": 5} for r in ROWS], ("a", "order", ["b", "c"])),
