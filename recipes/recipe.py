@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
+import tsugiki
 from tsugiki.adapt.fit import FitSettings
 from tsugiki.adapt.sweep import SweepSettings, run_sweep
 from tsugiki.artifacts import digest, read_json, sha256_file, write_json
@@ -565,11 +566,13 @@ def report_stage(run: Run) -> bool:
     from tsugiki.recipes.report import bases_page, scaling_page, write_report
 
     stages = [s for s in STAGES if s != "report" and (run.folder / s / "stage.json").exists()]
+    shell = sorted(Path(tsugiki.__file__).parent.glob("*.html"))
+    templates = [Path(__file__).with_name("report.html"), Path(__file__).with_name("model_card.md.j2"), *shell]
     inputs = {
         "pages": [scaling_page(run.folder), bases_page(run.folder)],
         "stages": {s: sha256_file(run.folder / s / "stage.json") for s in stages},
         "code": code_digest("tsugiki.recipes.report", "tsugiki.recipes.summary", "tsugiki.recipes.card"),
-        "templates": [sha256_file(Path(__file__).with_name(name)) for name in ("report.html", "model_card.md.j2")],
+        "templates": [sha256_file(path) for path in templates],
         "base": [run.base.name, run.base.hub_id, run.base.revision, run.base.licence, run.base.obligations],
     }
 
