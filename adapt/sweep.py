@@ -17,6 +17,7 @@ import numpy as np
 from tsugiki.adapt.adaptive import Decision, Measured, next_fits, turned_up
 from tsugiki.adapt.fit import FitSettings, device_name
 from tsugiki.adapt.forecast import forecast
+from tsugiki.adapt.launch import settled
 from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.adapt.point import Lost, PointJob, point_task, read_samples
 from tsugiki.adapt.study import ask_point, open_study, record_untold
@@ -246,13 +247,13 @@ def _file_digest(data: Path) -> str:
 
 def _code_digest() -> list[str]:
     """The code that a point's numbers come from."""
-    return [sha256_file(Path(__file__).with_name(name)) for name in ("fit.py", "loss.py", "nll.py", "point.py")]
+    return [sha256_file(Path(__file__).with_name(name)) for name in ("fit.py", "launch.py", "loss.py", "nll.py", "point.py", "processes.py")]
 
 
 def _workers(settings: SweepSettings) -> int:
     if settings.workers:
         return settings.workers
-    return 1 if device_name() == "cuda" else cpu_count()
+    return 1 if device_name() == "cuda" else max(1, cpu_count() // settled(settings.fit).processes)
 
 
 def _run_jobs(jobs: list[PointJob], settings: SweepSettings, studies: dict) -> None:
