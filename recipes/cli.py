@@ -349,7 +349,7 @@ def show_bases(path: Path) -> None:
         out.print(part)
     if len(found["seeds"]) == 1:
         out.print("One seed: how much another one would change was not measured (--seeds 0,1,2 measures it).")
-    out.print(f"Take [bold]{escape(best)}[/]. {escape(found['recommended']['why']['en'])}")
+    out.print(f"Take [bold]{escape(best)}[/]: {escape(found['recommended']['why']['en'].removeprefix(f'{best}: '))}")
     out.print(f"Written: {escape(str(path))}, {escape(str(path.with_suffix('.html')))}", soft_wrap=True)
 
 

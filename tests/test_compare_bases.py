@@ -267,7 +267,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_tells_the_numbers(compared, f
     assert "http://" not in plain and "https://" not in plain and str(compared.parents[2]) not in page
     for row in found["bases"]:
         assert f"{row['bits']['after']:.3f}" in page and f"{100 * row['score']['after']:.1f}%" in page
-    assert found["recommended"]["why"]["ja"] in page and found["recommended"]["why"]["en"].replace("'", "&#39;") in page
+    best, why = found["recommended"]["base"], found["recommended"]["why"]
+    assert why["ja"].removeprefix(f"{best}：") in page and why["en"].removeprefix(f"{best}: ").replace("'", "&#39;") in page
     assert page.count('class="ja" lang="ja"') == page.count('class="en" lang="en"') > 50
 
 
@@ -285,7 +286,7 @@ def test_the_command_prints_what_to_take(compared, console, capsys, domain):
     show_bases(compared)
     text = capsys.readouterr().out
     best = read_json(compared)["recommended"]["base"]
-    assert f"Take {best}." in text and ("core-hours" in text or "GPU-hours" in text)
+    assert f"Take {best}: " in text and ("core-hours" in text or "GPU-hours" in text)
     assert all(name in text for name in NAMES)
 
 
