@@ -312,10 +312,10 @@ def show_summary(folder: Path) -> None:
         out.print(cost)
     before_after = [b for b in summary["benchmarks"] if b["model"] in ("base", "adapted")]
     if before_after:
-        table = plain_table("Before and after", "task", "base", "adapted", "n", numbers=True)
-        for task in dict.fromkeys(b["task"] for b in before_after):
-            by = {b["model"]: b for b in before_after if b["task"] == task}
-            table.add_row(task, *(f"{by[m]['value']:.3f}" if m in by else "" for m in ("base", "adapted")), str(next(iter(by.values()))["n"]))
+        table = plain_table("Before and after", "task, metric", "base", "adapted", "n", numbers=True)
+        for task, metric in dict.fromkeys((b["task"], b["metric"]) for b in before_after):
+            by = {b["model"]: b for b in before_after if (b["task"], b["metric"]) == (task, metric)}
+            table.add_row(escape(f"{task}, {metric}"), *(f"{by[m]['value']:.3f}" if m in by else "" for m in ("base", "adapted")), str(next(iter(by.values()))["n"]))
         out.print(table)
     if summary["recommended"]:
         out.print(f"Take [bold]{summary['recommended']['level']}[/]: {escape(summary['recommended']['why'])}")

@@ -136,7 +136,7 @@ def evaluate_judge(
     show_judge(found)
     written = [out / "judge.json"]
     if run and out.parent == run:
-        keep_judged(run, found, *run_name(run, read_stages(run).get("data", {})))
+        keep_judged(run, written[0], found, *run_name(run, read_stages(run).get("data", {})))
         written += [run.parent.parent / "results.sqlite", *(p for p in (run / "report.html",) if p.exists())]
     stdout().print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)
 

@@ -9,26 +9,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tsugiki.artifacts import digest, read_json, read_jsonl
+from tsugiki.artifacts import digest, read_json, read_jsonl, write_json
 from tsugiki.evaluate.judge import answers_digest
 from tsugiki.results import Result, replace_results
 
 
 def read_judged(run_dir: Path) -> list[dict[str, Any]]:
-    """Every ``judge.json`` of a run, by rubric; its rows of ``models`` have ``stale``: these answers are there no more."""
-    found = []
+    """Every ``judge.json`` of a run, by rubric; its rows of ``models`` have ``stale``: the model, or its answers to the test, are
+    others now."""
+    found, files = [], model_files(run_dir)
     for path in sorted(run_dir.glob("judge-*/judge.json")):
         verdicts = read_json(path)
         for row in verdicts["models"]:
+            row["stale"] = row.get("file") is not None and row["file"] != files.get(row["model"])
             answers = run_dir / "evaluate" / f"answers-{row['model']}.jsonl"
-            now = answers_digest(read_jsonl(answers)[: row["n"]]) if answers.is_file() else row["answers"]
-            row["stale"] = now != row["answers"]
+            if not row.get("turns") and answers.is_file():  # a two-turn benchmark has answers of its own
+                row["stale"] |= answers_digest(read_jsonl(answers)[: row["n"]]) != row["answers"]
         found.append(verdicts)
     return found
 
 
-def keep_judged(run_dir: Path, verdicts: dict[str, Any], domain: str, base: str) -> None:
-    """Put a judge's mean ratings into the results table beside the run, and into its summary and report where it has them."""
+def model_files(run_dir: Path) -> dict[str, str]:
+    """The hashes of a run's files by model (base, adapted, each level), as its stages recorded them."""
+    records = [run_dir / stage / "stage.json" for stage in ("gguf", "levels")]
+    outputs = {o["path"]: o["sha256"] for path in records if path.is_file() for o in read_json(path).get("outputs", [])}
+    names = {"base-F16.gguf": "base", "model-F16.gguf": "adapted"}
+    return {names.get(path, Path(path).stem.removeprefix("model-")): sha for path, sha in outputs.items() if path.endswith(".gguf")}
+
+
+def keep_judged(run_dir: Path, path: Path, verdicts: dict[str, Any], domain: str, base: str) -> None:
+    """Put a judge's mean ratings (the content of ``judge.json`` at ``path``) into the results table beside the run, and into
+    its summary and report where it has them; which model files they are of is noted in ``judge.json``."""
+    files = model_files(run_dir)
+    write_json(path, verdicts | {"models": [{**row, "file": files.get(row["model"])} for row in verdicts["models"]]})
     run = f"{run_dir.parent.name}/{run_dir.name}"
     rubric, judge = verdicts["rubric"], verdicts["judge"]
     rows = [

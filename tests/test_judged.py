@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tsugiki.artifacts import read_json
+from tsugiki.artifacts import read_json, write_json
+from tsugiki.recipes.judged import keep_judged
 from tsugiki.recipes.report import write_report
 from tsugiki.recipes.summary import build_summary, validate_summary
 from tsugiki.results import read_results
@@ -112,6 +113,32 @@ def test_ratings_of_answers_that_are_no_more_are_marked_and_leave_the_summary(ju
     left = build_summary(judged)
     assert [r["model"] for r in left["benchmarks"] if r["metric"].startswith("judge")] == ["base"]
     assert not [c for c in left["changes"] if c["metric"].startswith("judge")]
+
+
+def test_the_terminal_shows_the_judge_beside_the_score_and_not_in_its_place(judged, console):
+    code, out, err = console("recipe", "show", "setsubi", "--runs", judged.parents[1])
+    assert code == 0, err
+    score = next(r for r in read_json(judged / "summary.json")["benchmarks"] if r["model"] == "adapted" and r["metric"] == "exact_match")
+    lines = {line.partition("  ")[0]: line for line in out.splitlines() if line.startswith("setsubi, ")}
+    assert f"{score['value']:.3f}" in lines["setsubi, exact_match"] and "3.000" in lines["setsubi, judge domain 1 (0 to 3)"]
+
+
+def test_ratings_of_two_turn_answers_hold_until_the_model_is_another(judged):
+    benchmark = read_json(judged / "judge-domain" / "judge.json")
+    benchmark["rubric"]["name"] = "mt-bench-ja"
+    for row in benchmark["models"]:
+        row |= {"turns": {"1": row["mean"], "2": row["mean"]}, "answers": "of other questions"}
+    record = {"outputs": [{"path": f"{name}-F16.gguf", "sha256": name} for name in ("base", "model")]}
+    write_json(judged / "gguf" / "stage.json", record)
+    keep_judged(judged, judged / "judge-mt-bench-ja" / "judge.json", benchmark, "setsubi", "tiny-llama")
+
+    def left() -> list[str]:
+        return [r["model"] for r in build_summary(judged)["benchmarks"] if r["task"] == "mt-bench-ja"]
+
+    assert left() == ["base", "adapted"]
+    record["outputs"][1]["sha256"] = "another"
+    write_json(judged / "gguf" / "stage.json", record)
+    assert left() == ["base"]
 
 
 def test_a_run_that_no_judge_has_seen_has_no_such_section(tmp_path):
