@@ -92,7 +92,7 @@ def test_a_forgotten_merge_shows_at_the_conversion(made, tmp_path):
 
 
 def test_a_reference_that_is_not_f16_is_called_what_it_is(made, tmp_path):
-    folder, _, files, samples = made
+    folder, _, files, _ = made
     (tmp_path / "ja.txt").write_text("水は百度で沸きます。設備の点検は六か月ごとに行います。" * 40, encoding="utf-8")
     job = CheckFiles(files["Q8_0"], (files["Q3_K_M"],), texts=(f"ja={tmp_path / 'ja.txt'}",), window=64, windows=2, model=BASE, adapter=folder / "adapter")
     steps = check_files(job)["attribution"]["steps"]
