@@ -96,7 +96,7 @@ def merge_cache(cache: Path, other: Path) -> None:
     Raises:
         UserError: one of the two is no such file.
     """
-    with _opened(cache) as store:
+    with _opened(other), _opened(cache) as store:  # the other first: errors name the file that is to blame
         store.execute("ATTACH ? AS other", (str(other),))
         store.execute("INSERT OR IGNORE INTO results SELECT * FROM other.results")
         store.commit()

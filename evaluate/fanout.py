@@ -30,6 +30,9 @@ def score_apart(
     Raises:
         TaskError: a task failed for a reason of the user's.
     """
+    held = out / "apart" / KEPT  # a copy: the file itself grows while tasks read
+    if (out / KEPT).is_file():
+        merge_cache(held, out / KEPT)
     folder, _ = data_folder()
     data = folder / "benchmarks" if folder and (folder / "benchmarks").is_dir() else None
     tasks = {}
@@ -38,7 +41,7 @@ def score_apart(
             if benchmark.asked is None:
                 raise ValueError(f"{benchmark.name} was not loaded by load_benchmarks")
             own = out / "apart" / digest([model.name, benchmark.name])[:16]
-            before = out / KEPT if model.is_gguf and (out / KEPT).is_file() else None
+            before = held if model.is_gguf and held.is_file() else None
             arguments = (model, benchmark.name, benchmark.asked, settings, data, before, own)
             reads = tuple(path for path in (model.path, model.tokenizer, data, before) if path)
             task = Task(f"{model.name}, {benchmark.name}", score_one, arguments, reads, (own / KEPT,), gpus=0 if settings.n_gpu_layers == 0 else 1)

@@ -330,6 +330,36 @@ def test_models_and_tasks_on_the_nodes_give_the_files_of_the_run_in_process(addr
     assert kept(tmp_path / "there") == kept(tmp_path / "here")
 
 
+def test_a_run_that_goes_on_gives_tasks_the_requests_finished_before_in_a_file_that_stays_as_it_is(tmp_path, monkeypatch):
+    """The nodes go by its hash, and the results of the first task are merged while others have not begun."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"id": f"q{i}", "question": f"{i}番の設備は何か月ごとですか。", "options": ["毎日", "三か月", "年に一度"], "gold": i % 3} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    for name, text in (("options", OPTIONS), ("answers", ANSWERS)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path / "rows.jsonl")).replace("NAME", name), encoding="utf-8")
+    convert(BASE, tmp_path / "one.gguf")
+    models = find_models([str(tmp_path / "one.gguf")])
+    benchmarks, _ = load_benchmarks((), ["options", "answers"], include=[tmp_path])
+    run_benchmarks(models, benchmarks, BenchmarkSettings(limit=2, n_gpu_layers=0), out=tmp_path / "out")
+    before = kept(tmp_path / "out")
+
+    def one_by_one(tasks, workers, note):
+        offered = {path: cluster.tree_digest(path) for task in tasks for path in task.reads}
+        (copy,) = (path for path in offered if path.name == "requests.sqlite")
+        assert kept(copy.parent) == before
+        for task in tasks:
+            yield from pool.run_here([task], workers, note)
+            assert {path: cluster.tree_digest(path) for path in offered} == offered
+
+    token = pool.runner.set(one_by_one)
+    try:
+        run_benchmarks(models, benchmarks, BenchmarkSettings(n_gpu_layers=0), out=tmp_path / "out")
+    finally:
+        pool.runner.reset(token)
+    assert len(kept(tmp_path / "out")) > len(before)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["one", "requests.sqlite"]
+
+
 def kept(folder):
     """Finished requests of a run, without the seconds they took."""
     import sqlite3
