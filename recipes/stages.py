@@ -75,7 +75,7 @@ def stage_hash(folder: Path, *names: str) -> str:
     path = folder / "stage.json"
     if not path.exists():
         raise UserError(f"the stage {folder.name!r} has not been run", where=str(folder.parent),
-                        hint=f"Run it first: --stages …,{folder.name},…, or leave --stages out.")
+                        hint=f"Run it first: tsugiki recipe run DOMAIN --base BASE --stages {folder.name}")
     outputs = {o["path"]: o["sha256"] for o in read_json(path)["outputs"]}
     return digest([outputs[n] for n in names] if names else list(outputs.values()))
 
