@@ -13,12 +13,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import yaml
 from gguf import GGMLQuantizationType as Kind
 
 from tsugiki.artifacts import atomic_path
 from tsugiki.chat import end_of_turn_id
 from tsugiki.errors import UserError, raise_problems
+from tsugiki.licences import card_fields
 from tsugiki.lineage import check_lineage
 from tsugiki.progress import progress
 from tsugiki.quantize.adapter import Adapter, Update, merger, read_adapter, read_adapter_config
@@ -387,13 +387,7 @@ def _kind(tokenizer) -> str | None:
 
 def read_card(folder: Path) -> dict:
     """The settings at the head of a model card (README.md): ``license``, ``languages``, ``datasets``; empty where there are none."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        card = yaml.safe_load(head[1]) if head else None
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    card = card if isinstance(card, dict) else {}
+    card = card_fields(folder)
 
     def texts(key: str) -> list[str]:
         found = card.get(key)

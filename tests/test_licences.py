@@ -61,6 +61,7 @@ def test_every_named_base_may_be_adapted_and_its_licence_is_known():
     ("---\nlicense: [mit, apache-2.0]\n---\n", "mit and apache-2.0"),
     ("---\nlicense: other\n---\n", "other"),
     ("# no front matter\nlicense: mit\n", ""), ("---\n: [broken\n---\n", ""), ("---\n- a\n---\n", ""), ("", ""),
+    ("---\nlicense: mit\ndate: 2024-13-45\n---\n", ""), (f"---\nlicense: {'[' * 9_000}\n---\n", ""),
 ])  # fmt: skip
 def test_the_licence_in_a_model_card(card, expected, tmp_path):
     write_text(tmp_path / "README.md", card)

@@ -13,16 +13,20 @@ from tsugiki.errors import UserError
 UNKNOWN = {"", "unknown", "other", "none", "unlicensed", "tbd"}
 
 
-def card_licence(folder: Path) -> str:
-    """The licence that a model card (``README.md``) names in its front matter; empty where it names none."""
+def card_fields(folder: Path) -> dict:
+    """The front matter of a model card (``README.md``); empty where there is none that can be read."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.S)
         fields = yaml.safe_load(front[1]) if front else {}
-    except (OSError, yaml.YAMLError):
-        return ""
-    if not isinstance(fields, dict):
-        return ""
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # an impossible date is a ValueError
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def card_licence(folder: Path) -> str:
+    """The licence that a model card names; empty where it names none."""
+    fields = card_fields(folder)
     names = fields.get("license")
     names = [str(n) for n in (names if isinstance(names, list) else [names]) if n]
     own = str(fields.get("license_name") or "")
@@ -39,7 +43,7 @@ def allows_derivatives(licence: str) -> bool | None:
     words = re.findall(r"[a-z]+", licence.lower())
     creative = "cc" in words or "by" in words or "commons" in words
     plain = "".join(words)
-    return not (("nd" in words and creative) or "noderiv" in plain or "noderivative" in plain)
+    return not (("nd" in words and creative) or "noderiv" in plain)
 
 
 def is_non_commercial(licence: str) -> bool:
