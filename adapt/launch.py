@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -68,15 +69,12 @@ def fit_in_processes(
             smaller = next((m for m in range(min(settings.micro_batch, share) // 2, 0, -1) if share % m == 0), 0)
             if not smaller:
                 raise
-            settings = replace(settings, micro_batch=next(m for m in range(smaller, 0, -1) if settings.batch_size % m == 0))
+            settings = replace(settings, micro_batch=smaller)
             console.print(f"  [yellow]out of memory: beginning again with {settings.micro_batch} samples a pass, {settings.batch_size} a step as before[/]")
 
 
 def _run(arguments: tuple, processes: int, threads: int) -> FitReport:
-    from torch.distributed import TCPStore
-
-    # Held by this process, so that no port is looked for twice and no process waits for another to open it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = meeting_point()  # held by this process, so that none waits for another to open it
     context = multiprocessing.get_context("spawn")
     running, said = [], []
     try:
@@ -104,6 +102,17 @@ def _run(arguments: tuple, processes: int, threads: int) -> FitReport:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def meeting_point():
+    """A server by which processes of this machine find each other; by itself torch's listens to the whole network."""
+    from torch.distributed import TCPStore
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _received(connection: Connection, process) -> tuple[str, object]:
@@ -146,6 +155,8 @@ def _process(rank: int, processes: int, port: int, threads: int, parent: int, co
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": str(threads),
     })
+    if "lo" in {name for _, name in socket.if_nameindex()}:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else the address of the machine's name, which others may reach
     try:
         connection.send(("done", _fit(rank, threads, arguments)))
     except UserError as error:

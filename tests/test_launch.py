@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -173,6 +174,15 @@ def test_memory_that_runs_out_in_a_process_begins_again_with_half_a_pass(base, t
         fit_in_processes(base, samples(11), replace(FIT, batch_size=24, micro_batch=12, processes=2), tmp_path, tmp_path, seed=0, threads=2)
     assert tried == [12, 6, 3, 1]
     assert "out of memory: beginning again with 6 samples a pass, 24 a step as before" in capsys.readouterr().err
+
+
+def test_the_processes_meet_where_no_other_machine_can_reach():
+    def listening():
+        return {c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    store = module.meeting_point()
+    assert {tuple(a) for a in listening() - before} == {("127.0.0.1", store.port)}
 
 
 # --- how many processes ---------------------------------------------------------------------------------------
