@@ -386,6 +386,8 @@ def test_tasks_share_the_nodes_that_they_fit():
     with pytest.raises(UserError, match="large needs 16 CPUs and 0 GPUs") as caught:
         cluster._needs([node(CPU=8), {"Alive": False, "Resources": {"CPU": 32}}], [Task("large", print, (), cpus=16)])
     assert "The largest have 8 CPUs and 0 GPUs." in str(caught.value)
+    with pytest.raises(UserError, match="four needs 1 CPUs and 4 GPUs"):  # not done without a GPU where there are some
+        cluster._needs([node(CPU=8, GPU=2), node(CPU=8)], [Task("four", print, (), gpus=4)])
 
 
 @pytest.mark.parametrize(("address", "message"), [("127.0.0.1:9", "127.0.0.1:9 cannot be reached"), ("somewhere", "takes auto, HOST:PORT")])

@@ -43,8 +43,8 @@ def connected(address: str | None) -> Iterator[None]:
 
     Args:
         address: ``HOST:PORT`` of a cluster of which this machine is a node, or ``ray://HOST:PORT``; ``auto``: the
-            cluster that this machine is a node of, else one of this machine alone, which nobody else can reach and
-            which ends with the block. None: no cluster, tasks run here.
+            cluster that this machine is a node of, else one of this machine alone, which no other machine can reach
+            and which ends with the block. None: no cluster, tasks run here.
 
     Raises:
         UserError: Ray is not installed, or the cluster cannot be reached.
@@ -191,7 +191,7 @@ def _needs(nodes: Sequence[dict], tasks: Sequence[Task]) -> dict[Task, tuple[int
     rooms = [(int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("GPU", 0))) for n in nodes if n["Alive"]]
     needs, problems = {}, []
     for task in tasks:
-        gpus = task.gpus if any(g >= task.gpus for _, g in rooms) else 0
+        gpus = task.gpus if any(g for _, g in rooms) else 0
         fit = [(c, g) for c, g in rooms if c >= max(1, task.cpus) and g >= gpus]
         if not fit:
             problems.append(f"{task.label} needs {max(1, task.cpus)} CPUs and {gpus} GPUs")

@@ -40,7 +40,7 @@ class Task:
         writes: files and folders that the call makes. On a node they are made elsewhere (the paths in ``arguments``
             tell where), then brought here, each whole or not at all.
         cpus: CPUs on a node of a cluster; 0: a fair share.
-        gpus: GPUs on a node of a cluster; none where no node has so many.
+        gpus: GPUs on a node of a cluster; none where no node has any.
     """
 
     label: str
