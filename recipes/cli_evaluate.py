@@ -115,20 +115,23 @@ def evaluate_judge(
     first = answers[0]
     out = out or (first if first.is_dir() else first.parent) / f"judge-{asked.name}"
     run = first if first.is_dir() and (first / "gguf").is_dir() else None
-    models = {p.stem: p for p in answers if p.suffix == ".gguf"}
+    models = [(p.stem, p) for p in answers if p.suffix == ".gguf"]
     if models and asked.kind != "two-turn":
-        raise UserError(f"{next(iter(models))}.gguf is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
-    if level and not run:
+        raise UserError(f"{models[0][1].name} is a model, not answers", hint="Answers of a domain come from a run's folder; MT-Bench's are made from a .gguf.")
+    levels = list(dict.fromkeys(level or ()))
+    if levels and not run:
         raise UserError("--level is of a run", hint="Give the run's folder, for example runs/setsubi/tiny-llama.")
     if run and asked.kind == "two-turn":
-        models |= {"base": run / "gguf" / "base-F16.gguf", "adapted": run / "gguf" / "model-F16.gguf"}
-        models |= {name: run / "levels" / f"model-{name}.gguf" for name in level or ()}
-        raise_problems([str(p) for p in models.values() if not p.is_file()], what="Models that are not there")
+        models += [("base", run / "gguf" / "base-F16.gguf"), ("adapted", run / "gguf" / "model-F16.gguf")]
+        models += [(name, run / "levels" / f"model-{name}.gguf") for name in levels]
+        levels = []
+    raise_problems([str(p) for _, p in models if not p.is_file()], what="Models that are not there")
     named = [p for p in answers if p.suffix != ".gguf" and not (p == run and asked.kind == "two-turn")]
     files = answer_files(named) if named else {}
-    files |= {name: two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for name, p in models.items()}
-    if run and asked.kind == "single":
-        files |= {name: level_answers(run, name, out) for name in level or ()}
+    names = [*files, *(name for name, _ in models), *levels]
+    raise_problems(sorted({n for n in names if names.count(n) > 1}), what="More than one model of a name", hint="Rename a file: its name stands for the model.")
+    files |= {name: two_turn_answers(p, asked, out, sampled=sampled, limit=limit) for name, p in models}
+    files |= {name: level_answers(run, name, out) for name in levels}
     given = {name: read_answers(path, asked)[:limit] for name, path in files.items()}
     prices = (price_in, price_out) if price_in is not None and price_out is not None else None
     found = judge_answers(given, asked, judge, out, labels=people, prices=prices, agreed=yes,

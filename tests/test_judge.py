@@ -422,6 +422,16 @@ def test_a_gguf_answers_two_turns_and_goes_on_where_it_stopped(tiny, tmp_path):
     assert two_turn_answers(tiny, rubric, tmp_path, limit=1, sampled=True) != path
 
 
+@needs_mt_bench
+def test_two_models_of_one_name_are_refused_before_either_answers(console, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model-F16.gguf").write_bytes(b"not opened")
+    asked = "--rubric", "mt-bench-ja", "--data-dir", DATA, "--endpoint", "http://127.0.0.1:9/v1", "--model", "m"
+    code, _, err = console("evaluate", "judge", tmp_path / "one" / "model-F16.gguf", tmp_path / "two" / "model-F16.gguf", *asked)
+    assert code == 2 and "More than one model of a name" in err and "model-F16" in err
+
+
 # --- labels ------------------------------------------------------------------------------------------------------
 
 
