@@ -141,6 +141,17 @@ def _write_answers(path: Path, test: Sequence[EncodedSample], answers: Sequence[
     ])  # fmt: skip
 
 
+def answer_test(model: Path, test: Sequence[EncodedSample], path: Path, *, note: str, scoring: str, max_new_tokens: int, end_of_turn: int) -> None:
+    """Answer test items with a GGUF and write them, scored, one a line; ``note`` stands beside the bar."""
+    with Engine(model, flash_attention=True) as engine, progress() as bar:
+        task = bar.add_task("answers", total=len(test), note=note)
+        answers = domain_answers(
+            engine, test, scoring=scoring, max_new_tokens=max_new_tokens, end_of_turn=end_of_turn,
+            on_done=lambda done: bar.update(task, completed=done),
+        )
+    _write_answers(path, test, answers)
+
+
 def level_answers(run_dir: Path, level: str, out: Path) -> Path:
     """A level's answers to the test items that the evaluate stage used; those already made are not made again.
 
@@ -161,10 +172,7 @@ def level_answers(run_dir: Path, level: str, out: Path) -> Path:
     test = read_encoded(run_dir / "data" / "test.jsonl")[: how.pop("items")]
     path = out / f"answers-{level}-{digest([sha256_file(model), how, [s.ids for s in test]])[:8]}.jsonl"
     if not path.exists():
-        with Engine(model, flash_attention=True) as engine, progress() as bar:
-            task = bar.add_task("answers", total=len(test), note=level)
-            answers = domain_answers(engine, test, **how, on_done=lambda done: bar.update(task, completed=done))
-        _write_answers(path, test, answers)
+        answer_test(model, test, path, note=level, **how)
     return path
 
 

@@ -140,7 +140,7 @@ def recipe_bases(
     from tsugiki.cluster import connected
     from tsugiki.recipes.compare_bases import compare_bases
 
-    if not all(part.strip().isdigit() for part in seeds.split(",")):
+    if not all(part.strip().isdecimal() for part in seeds.split(",")):
         raise UserError(f"--seeds wants whole numbers, comma-separated, not {seeds!r}", hint="For example --seeds 0,1,2")
     named = [b.strip() for b in bases.split(",") if b.strip()]
     with connected(ray):

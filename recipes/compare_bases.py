@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from tsugiki.artifacts import digest, read_json, read_jsonl, write_json, write_jsonl
+from tsugiki.artifacts import digest, read_json, read_jsonl, write_json
 from tsugiki.bases import Profile, profile, tensor_headers
 from tsugiki.errors import UserError, raise_problems
 from tsugiki.evaluate.paired import Item, compare_items, read_items
 from tsugiki.intervals import expanded, paired_interval, ratio_intervals
 from tsugiki.licences import licence_notes
-from tsugiki.progress import console, progress
+from tsugiki.progress import console
 from tsugiki.recipes.bases_page import write_page
 from tsugiki.recipes.domains import load_domain
 from tsugiki.recipes.rank_bases import CONFIDENCE, Measured, choose, compare_pairs, joint_confidence, ranks
@@ -42,7 +42,7 @@ from tsugiki.recipes.recipe import (
 from tsugiki.recipes.report import SCORE_NAMES
 from tsugiki.recipes.stages import alone, code_digest, run_stage, stage_hash
 from tsugiki.results import Result, replace_results
-from tsugiki.samples import EncodedSample, read_encoded, write_encoded
+from tsugiki.samples import read_encoded, write_encoded
 
 BUNDLED = ("tiny-llama", "tiny-qwen", "tiny-llmjp")
 SPLITS = ("train", "valid", "test")
@@ -219,22 +219,24 @@ def answers_stage(run: Run) -> bool:
     def work(folder: Path) -> list[Path]:
         from tsugiki.quantize.compare import run_task
         from tsugiki.quantize.convert import convert
-        from tsugiki.recipes.before_after import measure_benchmarks
+        from tsugiki.recipes.before_after import answer_test, measure_benchmarks
 
         sweep, data = read_json(run.folder / "sweep" / "sweep.json"), read_json(run.folder / "data" / "data.json")
         test = read_encoded(run.folder / "data" / "test.jsonl")[:items]
-        files = [_answer(run, test, run.folder / "gguf" / "base-F16.gguf", folder / "answers-base.jsonl", data["end_of_turn"])]
+        how = {"max_new_tokens": run.domain.max_new_tokens, "end_of_turn": data["end_of_turn"]}
+        files = [folder / "answers-base.jsonl"]
+        answer_test(run.folder / "gguf" / "base-F16.gguf", test, files[0], note="base", scoring=run.domain.scoring, **how)
         for point in sweep["points"]:
             model = run.folder / "gguf" / "model-F16.gguf"
             if point["seed"] != sweep["kept"]["seed"]:
                 model = folder / "other-seed-F16.gguf"
                 adapter = run.folder / "sweep" / "points" / f"n{point['n']:06d}-s{point['seed']}" / "adapter"
                 convert(base_folder(run), model, adapter)
-            files.append(_answer(run, test, model, folder / f"answers-s{point['seed']}.jsonl", data["end_of_turn"]))
+            files.append(folder / f"answers-s{point['seed']}.jsonl")
+            answer_test(model, test, files[-1], note=f"seed {point['seed']}", scoring=run.domain.scoring, **how)
         (folder / "other-seed-F16.gguf").unlink(missing_ok=True)
         path = run.folder / "levels" / f"model-{LEVEL}.gguf"
-        job = {"task": "speed", "path": str(path), "samples": str(run.folder / "data" / "test.jsonl"),
-               "max_new_tokens": run.domain.max_new_tokens, "end_of_turn": data["end_of_turn"]}
+        job = {"task": "speed", "path": str(path), "samples": str(run.folder / "data" / "test.jsonl"), **how}
         speed = run_task(job, name=f"speed {LEVEL}")
         benchmarks: dict[str, list] = {"changes": [], "not_measured": []}
         if choice.tasks or choice.suites:
@@ -246,24 +248,6 @@ def answers_stage(run: Run) -> bool:
         return [*files, folder / "answers.json"]
 
     return run_stage(run.folder / "answers", inputs, work, console_title="answers, benchmarks, speed", keep_partial=True)
-
-
-def _answer(run: Run, test: Sequence[EncodedSample], model: Path, out: Path, end_of_turn: int) -> Path:
-    from tsugiki.evaluate.domain import domain_answers
-    from tsugiki.evaluate.engine import Engine
-
-    with Engine(model, flash_attention=True) as engine, progress() as bar:
-        task = bar.add_task("answers", total=len(test), note=out.stem.removeprefix("answers-"))
-        answers = domain_answers(
-            engine, test, scoring=run.domain.scoring, max_new_tokens=run.domain.max_new_tokens, end_of_turn=end_of_turn,
-            on_done=lambda done: bar.update(task, completed=done),
-        )
-    write_jsonl(out, [
-        {"id": s.id, "document": s.document, "kind": s.kind, "question": s.prompt, "reference": s.completion,
-         "answer": a.text, "score": a.score, "truncated": a.finished != "stop"}
-        for s, a in zip(test, answers, strict=True)
-    ])  # fmt: skip
-    return out
 
 
 # --- compared ---------------------------------------------------------------------------------------------------
@@ -336,7 +320,7 @@ def _row(run: Run, sweep: Mapping, one: Measured, documents: list[str], characte
         "score": {
             "before": gain["before"], "before_ci": _score_interval(before), "after": gain["after"], "after_ci": _score_interval(after),
             "gain": gain["difference"], "gain_ci": gain["ci"], "change": gain["change"],
-            "truncated": float(np.mean([r["truncated"] for p in points for r in read_jsonl(run.folder / "answers" / f"answers-s{p['seed']}.jsonl")])),
+            "truncated": float(np.mean([r["finished"] != "stop" for p in points for r in read_jsonl(run.folder / "answers" / f"answers-s{p['seed']}.jsonl")])),
             "by_seed": {str(p["seed"]): float(s.mean()) for p, s in zip(points, one.scores, strict=True)},
         },
         "bits": {
@@ -431,8 +415,8 @@ def _why(base: str, reason: str, beside: Sequence[str], rows: Sequence[Mapping],
         ja += f"{score_ja}が最も高く（{value}）、次の{rival['name']}より{gap_ja}。"
         en += f"the highest {score_en.lower()}, {value}, {gap_en} above {rival['name']}, the next."
     elif reason == "bits":
-        ja += f"{score_ja}（{value}）では{others_ja}と区別できず、1文字あたりのビット数が最も少ない（{row['bits']['after']:.3f}）。"
-        en += f"its {score_en.lower()}, {value}, cannot be told from that of {others_en}, and it needs the fewest bits per character ({row['bits']['after']:.3f})."
+        ja += f"{score_ja}（{value}）では{others_ja}と区別できず、その中で1文字あたりのビット数が最も少ない（{row['bits']['after']:.3f}）。"
+        en += f"its {score_en.lower()}, {value}, cannot be told from that of {others_en}, and of these it needs the fewest bits per character ({row['bits']['after']:.3f})."
     else:
         ja += f"{score_ja}（{value}）でも1文字あたりのビット数でも{others_ja}と区別できません。"
         en += f"neither {score_en.lower()} ({value}) nor bits per character tell it from {others_en}. "
