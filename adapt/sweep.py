@@ -8,6 +8,7 @@ finished points; those that were being trained go on from their last checkpoint,
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from tsugiki.adapt.forecast import forecast
 from tsugiki.adapt.launch import settled
 from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.adapt.point import Lost, PointJob, point_task, read_samples
-from tsugiki.adapt.study import ask_point, open_study, record_untold
+from tsugiki.adapt.study import STORAGE_VARIABLE, ask_point, open_study, record_untold, refusals
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
 from tsugiki.errors import UserError
@@ -82,8 +83,14 @@ def run_sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) ->
         of an adaptive sweep ``search`` says what was trained, what was not, and why.
 
     Raises:
-        UserError: fewer training samples than the smallest count, or a fit that failed for a reason of the user's.
+        UserError: fewer training samples than the smallest count, a fit that failed for a reason of the user's, or a
+            database that cannot be used, or no longer.
     """
+    with refusals(os.environ.get(STORAGE_VARIABLE)):
+        return _sweep(base_dir, data, out, settings)
+
+
+def _sweep(base_dir: Path, data: Path, out: Path, settings: SweepSettings) -> dict:
     train, test = read_samples(data, settings.test_items)
     counts = [n for n in sorted(settings.counts) if n <= len(train)]
     if not counts:
@@ -274,7 +281,8 @@ def _run_jobs(jobs: list[PointJob], settings: SweepSettings, studies: dict) -> N
             console.print(f"  {task.label}: " + (f"test NLL {nll:.4f} nats/token" if nll is not None else _ended(job.lost())))
     except TaskError as error:
         job = tasks[error.task]
-        kept = [f.name for f in sorted((job.out / "points").glob("n*")) if (f / "point.json").exists() and read_json(f / "point.json")["key"] == job.key]
+        records = {f.parent.name: read_json(f) for f in sorted((job.out / "points").glob("n*/point.json"))}
+        kept = [name for name, record in records.items() if record["key"] == job.key and "point" in record]
         said = f"Finished points are kept: {', '.join(kept)}." if kept else ""
         raise UserError(error.message, where=error.where, hint=" ".join(filter(None, [error.hint, said])) or None) from error
     finally:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from tsugiki.adapt import sweep as module
 from tsugiki.adapt.fit import FitSettings, fit, load_base
 from tsugiki.adapt.nll import bits_per_character, completion_nll
 from tsugiki.adapt.optimum import find_optimum
@@ -335,6 +337,18 @@ def test_a_failed_point_stops_the_sweep_with_its_reason(base, data, tmp_path):
     assert not (tmp_path / "out" / "sweep.json").exists()
     assert list((tmp_path / "out" / "points").glob("n*")) == []
     assert states(tmp_path / "out") == {TrialState.FAIL}
+
+
+def test_a_database_that_goes_away_in_mid_sweep_is_a_sentence(base, data, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        with sqlite3.connect(tmp_path / "team.db") as database:
+            database.execute("DROP TABLE trials")
+        return iter(())
+
+    monkeypatch.setenv("TSUGIKI_STORAGE", f"sqlite:///{tmp_path}/team.db")
+    monkeypatch.setattr(module, "run_tasks", lost)
+    with pytest.raises(UserError, match=r"the database sqlite:////.*team\.db cannot be used: no such table"):
+        run_sweep(base, data, tmp_path / "out", SETTINGS)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
