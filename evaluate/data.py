@@ -274,15 +274,13 @@ class Reading:
     """What :func:`load_set` read inside :func:`reading`.
 
     Attributes:
-        revisions: set -> the hub revision to load.
-        every: the hub revision to load of any other set; None: the newest.
+        revision: of the hub, to load; None: the newest.
         files: set -> file -> SHA-256, of sets that were read from a folder.
         commits: set -> the hub's commits, of sets that came from there.
         elsewhere: sets that came from neither, and from where.
     """
 
-    revisions: Mapping[str, str] = field(default_factory=dict)
-    every: str | None = None
+    revision: str | None = None
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     commits: dict[str, set[str]] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
@@ -300,16 +298,9 @@ _READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading(revisions: Mapping[str, str] | None = None, every: str | None = None) -> Iterator[Reading]:
-    """Pin hub revisions of sets (``every``: of all of them), and learn what was read: see :class:`Reading`.
-
-    Raises:
-        UserError: a revision for a set that does not come from the hub.
-    """
-    wrong = [f"{name}: {'it is not on the hub' if name in SETS else 'there is no such set'}" for name in revisions or ()
-             if name not in SETS or not SETS[name].hub_id]
-    raise_problems(wrong, what="Revisions", hint="tsugiki evaluate data list names the sets.")
-    found = Reading(dict(revisions or {}), every)
+def reading(revision: str | None = None) -> Iterator[Reading]:
+    """Pin the hub revision of the sets that are read inside, and learn what was read: see :class:`Reading`."""
+    found = Reading(revision)
     token = _READING.set(found)
     try:
         yield found
@@ -377,9 +368,12 @@ def load_set(
     paths = _paths(found, folder, wanted, configs) if folder else {}
     missing = [s for s in required if not paths.get(s)]
     seen = _READING.get() or Reading()
-    revision = seen.revisions.get(name, seen.every)
+    revision = seen.revision
+    if revision and not found.hub_id:
+        raise UserError(f"revision {revision!r} was asked for, and {found.title} is not read from the hub", where=name,
+                        hint="Leave --revision out for this task.")
     if not missing:
-        if revision and found.hub_id:
+        if revision:
             raise UserError(f"revision {revision!r} of {found.hub_id} was asked for, and the set lies in {folder}", where=name,
                             hint="A folder's files have no hub revision: leave --revision out, or name another folder with --data-dir.")
         if _READING.get():

@@ -288,7 +288,7 @@ def _load(manager, name: str, files: Mapping[str, dict], revision: str | None = 
         _read_task(Path(name), problems)
         raise_problems(problems, what="Task files")
     try:
-        with reading(every=revision) as read:
+        with reading(revision) as read:
             loaded = manager.load([_pinned(manager, name, revision) if revision else name])
         for task in loaded["tasks"].values():
             draw_shots_anew(task, files.get(name, {}).get("metadata"))

@@ -217,8 +217,10 @@ def test_a_folders_files_go_by_their_hash_and_have_no_revision(tmp_path):
     sha = hashlib.sha256(lines.encode()).hexdigest()
     files = {f"benchmarks/gsm8k/{split}.jsonl": sha for split in ("train", "test")}
     assert seen.rows() == [{"set": "gsm8k", "from": "folder", "sha256": digest(files)}]
-    with reading(every="main"), pytest.raises(UserError, match="was asked for, and the set lies in"):
+    with reading("main"), pytest.raises(UserError, match="was asked for, and the set lies in"):
         load_set("gsm8k", tmp_path)
+    with reading("main"), pytest.raises(UserError, match="is not read from the hub"):
+        load_set("lawqa_jp", tmp_path)
 
 
 def test_a_sets_github_commit_and_hub_revision_are_two_things():
