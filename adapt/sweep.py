@@ -179,6 +179,8 @@ def _search(
     if not valid:
         raise UserError("an adaptive sweep reads validation samples, and there are none", where=str(file),
                         hint="Train all counts: --set sweep.search=grid")
+    if settled(settings.fit).processes > 1:
+        console.print("  [yellow]fits in several processes are not read on the way: none is ended early, and overtraining is not seen[/]")
     fits: dict[int, int] = {}
     rounds = []
     while True:
