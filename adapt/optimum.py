@@ -23,7 +23,6 @@ class Optimum:
         p_best: share of bootstrap resamples in which ``n`` is the best count.
         overfits_at: smallest count above ``n`` that is worse than ``n`` with its whole 95 % interval, or none.
         p_best_by_n: the same share for every count.
-        ci_by_n: 95 % interval of the NLL of every count.
     """
 
     n: int
@@ -33,7 +32,6 @@ class Optimum:
     p_best: float
     overfits_at: int | None
     p_best_by_n: dict[int, float]
-    ci_by_n: dict[int, tuple[float, float]]
 
 
 def find_optimum(
@@ -74,5 +72,4 @@ def find_optimum(
         p_best=float(wins[best]),
         overfits_at=beyond[0] if beyond else None,
         p_best_by_n={n: float(w) for n, w in zip(counts, wins, strict=True)},
-        ci_by_n={n: (float(a), float(b)) for n, a, b in zip(counts, low, high, strict=True)},
     )

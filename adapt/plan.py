@@ -90,8 +90,6 @@ class Plan:
     """How to fit a base on a card.
 
     Attributes:
-        sequence: tokens of the longest sample.
-        rank: of the adapter.
         four_bit: NF4 base.
         checkpointing: activations are computed again in the backward pass.
         offload: what they are computed from waits in main memory.
@@ -100,8 +98,6 @@ class Plan:
         card: bytes of the card.
     """
 
-    sequence: int
-    rank: int
     four_bit: bool
     checkpointing: bool
     offload: bool
@@ -294,7 +290,7 @@ def plan(
             enough = checkpointing or micro_batch * sequence >= TOKENS_THAT_FILL_A_GPU or micro_batch == batch_size
             needed = memory(micro_batch, checkpointing, offload)
             if enough and needed.total <= card:
-                return Plan(sequence, rank, four_bit, checkpointing, offload, micro_batch, needed, card)
+                return Plan(four_bit, checkpointing, offload, micro_batch, needed, card)
     least = memory(1, True, True)
     raise UserError(
         f"the fit needs {least.total / GIB:.2f} GiB at micro-batch 1 with checkpointing and offload, the card has {card / GIB:.2f} GiB",
