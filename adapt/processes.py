@@ -16,7 +16,7 @@ def is_first_process() -> bool:
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return False
-    if process_count() == 1:
+    if "WORLD_SIZE" not in os.environ:
         return True
     os.environ[PROCESSES] = os.environ["WORLD_SIZE"]
     os.environ[FSDP] = str(int(os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"))

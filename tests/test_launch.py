@@ -218,6 +218,9 @@ def test_the_first_process_of_a_launcher_works_for_all(monkeypatch):
     assert settled(replace(FIT, processes=4, fsdp=False)) == replace(FIT, processes=4, fsdp=False)
     monkeypatch.setenv("RANK", "1")
     assert not is_first_process()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # a launcher of one process: nothing else may wait for it either
+    assert is_first_process() and settled(FIT).processes == 1 and not {"RANK", "WORLD_SIZE"} & set(os.environ)
 
 
 def test_a_launcher_runs_a_command_once():
