@@ -139,8 +139,8 @@ def data_verdict(sweep: dict[str, Any]) -> Text:
     """What the learning curve says about more data.
 
     Returns:
-        ``kind`` (``overfit``: a larger count is worse with its whole interval; ``more``: the largest count is best and clearly so; ``flat``: it is
-        best, but a smaller count lies within one standard error; ``enough``: a smaller count is best; ``unknown``:
+        ``kind`` (``overfit``: a larger count is worse with its whole interval; ``more``: the largest count is best and clearly so; ``open``: so it is, but
+        the forecast does not say what more would bring; ``flat``: it is best, but a smaller count lies within one standard error; ``enough``: a smaller count is best; ``unknown``:
         one count only) and a short and a long sentence in both languages (``short_ja`` … ``long_en``).
     """
     best = sweep.get("optimum") or {}
@@ -168,6 +168,12 @@ def data_verdict(sweep: dict[str, Any]) -> Text:
             f"最良は最大の{last:,}件ですが、{one_se:,}件でも1標準誤差以内です。" if one_se < last else f"最良は最大の{last:,}件ですが、倍にしても見込みは2%未満です。",
             f"The largest count, {last:,}, is best, but {one_se:,} lies within one standard error of it."
             if one_se < last else f"The largest count, {last:,}, is best, but twice as many would gain less than 2%.",
+        )  # fmt: skip
+    if ahead.get("answer") == "unclear":
+        return _verdict(
+            "open", "まだ下がっている", "Still falling",
+            f"最大の{last:,}件でもまだ下がっていますが、{ahead['at']:,}件でどれだけ下がるかは、この測定では決まりません。",
+            f"At {last:,}, the largest count, NLL is still falling; what {ahead['at']:,} would bring, these measurements do not decide.",
         )  # fmt: skip
     return _verdict(
         "more", "まだ伸びる", "More would help",

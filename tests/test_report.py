@@ -243,6 +243,7 @@ def test_a_forecast_of_no_gain_is_said_although_the_largest_count_is_best(tmp_pa
     sweep = {"points": [{"n": n, "nll": 1.0} for n in (250, 500, 1000)], "optimum": {"n": 1000, "one_se_n": 1000}}
     assert data_verdict(sweep | {"forecast": ahead})["kind"] == "flat"
     assert "40%" in data_verdict(sweep | {"forecast": ahead | {"answer": "yes", "gain": 0.4}})["long_en"]
+    assert data_verdict(sweep | {"forecast": ahead | {"answer": "unclear"}})["kind"] == "open"
     stages = stage_files()
     stages["sweep"]["forecast"] = ahead
     page = write_report(write_run(tmp_path, stages)).read_text(encoding="utf-8")
