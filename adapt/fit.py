@@ -166,6 +166,9 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
         four_bit: NF4 with double quantization through bitsandbytes (GPU only); none decides by size and device.
         exact: float32 on the CPU, for the exact NLL; else bf16.
         spread: its layers on all GPUs, one after the other, for a base that one GPU does not hold.
+
+    Raises:
+        UserError: NF4 without a GPU or without bitsandbytes.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -179,6 +182,9 @@ def load_base(base_dir: Path, *, four_bit: bool | None = None, exact: bool = Fal
     if four_bit:
         if device != "cuda":
             raise UserError("four_bit needs a GPU", hint="Leave it out: --set sweep.four_bit=null")
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise UserError("an NF4 base needs bitsandbytes, which is not installed",
+                            hint="pip install 'tsugiki[gpu]', or train in bf16: --set sweep.four_bit=false")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,

@@ -197,3 +197,12 @@ def test_four_bits_need_a_gpu(base):
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="four_bit needs a GPU"):
         load_base(base, four_bit=True)
+
+
+def test_four_bits_need_bitsandbytes(base, monkeypatch):
+    find = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    monkeypatch.setattr(module, "device_name", lambda: "cuda")
+    with pytest.raises(UserError, match="bitsandbytes, which is not installed") as caught:
+        load_base(base, four_bit=True)
+    assert "tsugiki[gpu]" in caught.value.hint

@@ -123,9 +123,11 @@ def test_only_the_weights_stay_where_they_are():
     assert torch.equal(context.unpack_hook(packed), wanted)
 
 
-def test_what_needs_a_gpu_is_refused_without_one(tmp_path):
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch):
     if module.device_name() == "cuda":
         pytest.skip("there is a GPU")
+    find = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else find(name))
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
     with pytest.raises(UserError) as caught:
         fit(TINY_LLAMA, tokenizer, [], FitSettings(offload=True, liger=True), tmp_path)
