@@ -132,7 +132,9 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], tied: bool
             hint += (f" Its vocabulary has {max(rows.values()):,} tokens, the base's {base_rows:,}: save it again with both tables "
                      "(save_embedding_layers=True, modules_to_save), or give the base the same size first "
                      "(resize_token_embeddings(…), save_pretrained), and convert with that.")
-    keeps_ties = bool(config.get("ensure_weight_tying")) and tied
+    trained = {n: ids for n, (ids, _) in found.tokens.items()}
+    apart = OUTPUT in trained and trained[OUTPUT] != trained.get(EMBEDDINGS)  # PEFT does not tie these rows
+    keeps_ties = bool(config.get("ensure_weight_tying")) and tied and not apart
     updates: dict[str, Update] = {}
     held: dict = {}
     for module, pair in found.pairs.items():

@@ -99,6 +99,7 @@ TIED = FORMS | {
     "low-rank output": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings saved, kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "low-rank embeddings, kept tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "rows of the output, not tied": {"trainable_token_indices": lambda n: {"lm_head": [n - 1]}, "ensure_weight_tying": True},
 }
 STAY_TIED = {"linear layers only", "rows of the tokens", "embeddings saved, kept tied", "low-rank embeddings, kept tied"}
 
