@@ -8,7 +8,7 @@ CUDA ?=
 PYTHON ?= python3
 
 BIN := .venv/bin
-ARGS = $(DOMAIN) --base $(BASE) --runs $(RUNS)
+ARGS = "$(DOMAIN)" --base "$(BASE)" --runs "$(RUNS)"
 # Forced into llama.cpp's compilation: matrix tiles (AMX) that do not crash. The flag takes no path with a space.
 TILES := $(if $(word 2,$(CURDIR)),,-DCMAKE_CXX_FLAGS=-include$(CURDIR)/evaluate/amx_tiles.h)
 # llama.cpp is compiled for this machine, without its programs.
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 comma := ,
 
 recipe: setup  ## adapt, quantize and prove: make recipe DOMAIN=construction BASE=tiny-llama
-	@$(BIN)/tsugiki recipe run $(ARGS) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(foreach s,$(SET),--set '$(s)')
+	@$(BIN)/tsugiki recipe run $(ARGS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)") $(foreach s,$(SET),--set '$(s)')
 
 chat: setup  ## talk to the finished model
 	@$(BIN)/tsugiki chat $(ARGS) $(if $(LEVEL),--level $(LEVEL))
@@ -42,7 +42,7 @@ compare: setup  ## the same questions to every quantization level
 	@$(BIN)/tsugiki compare $(ARGS)
 
 scale: setup  ## score against compute: published models and yours, laws and figures (SCORES=FILE)
-	@$(BIN)/tsugiki evaluate scaling --runs $(RUNS) $(if $(SCORES),--scores "$(SCORES)")
+	@$(BIN)/tsugiki evaluate scaling --runs "$(RUNS)" $(if $(SCORES),--scores "$(SCORES)")
 
 test: setup  ## run the tests
 	@$(BIN)/pytest

@@ -43,7 +43,7 @@ app.add_typer(adapt_app, name="adapt")
 app.add_typer(quantize_app, name="quantize")
 app.add_typer(evaluate_app, name="evaluate")
 stage_command(recipe_app, "data", "data", "Read, check, split and encode a domain's samples.")
-stage_command(recipe_app, "report", "report", "Write summary.json and report.html from the stages that have run.")
+stage_command(recipe_app, "report", "report", "Write summary.json, report.html and model-card.md from the stages that have run.")
 
 # --- recipe ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from tsugiki.progress import console
 from tsugiki.recipes.terminal import HELP, DataOption, RayOption, RunsOption, plain_table, stage_command, stdout
 
 evaluate_app = typer.Typer(help="Scores of the files that ship.", **HELP)
-stage_command(evaluate_app, "domain", "evaluate", "Score the base and the adapted model on the domain's test, by kind of item.")
+stage_command(evaluate_app, "domain", "evaluate", "Score base and adapted model on the domain's test, by kind of item, and with the levels on the benchmarks at hand.")
 
 
 @evaluate_app.command("languages")
