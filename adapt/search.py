@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from tsugiki.adapt.fit import FitSettings, Probe, device_name, fit, quiet
 from tsugiki.adapt.nll import completion_nll
@@ -171,9 +172,9 @@ def search(base_dir: Path, data: Path, out: Path, settings: SearchSettings, *, n
     tasks = [Task(f"trial {i + 1} of {settings.trials}", run_trial, (job,)) for i in range(done, settings.trials)]
     workers = settings.workers or (1 if device_name() == "cuda" else cpu_count())
     try:
-        for _, said in run_tasks(tasks, workers, note=lambda said: said or ""):
+        for _, said in run_tasks(tasks, workers, note=lambda said: escape(said or "")):
             if said:
-                console.print(f"  {said}")
+                console.print(f"  {escape(said)}")
     except BaseException:
         with contextlib.suppress(UserError), refusals(storage):
             for trial in study.get_trials(states=(TrialState.RUNNING,)):
