@@ -421,14 +421,14 @@ def _why(base: str, reason: str, beside: Sequence[str], rows: Sequence[Mapping],
         ja += f"{score_ja}（{value}）でも1文字あたりのビット数でも{others_ja}と区別できません。"
         en += f"neither {score_en.lower()} ({value}) nor bits per character tell it from {others_en}. "
         if reason == "measured":
-            ja += f"測った{score_ja}は最も高いものです。"
-            en += f"Its measured {score_en.lower()} is the highest."
+            ja += f"測った{score_ja}はその中で最も高いものです。"
+            en += f"Of these its measured {score_en.lower()} is the highest."
         elif reason == "forgetting":
-            ja += f"忘れた課題が最も少ない（{row['lost']}）。"
-            en += f"It forgot the fewest benchmarks ({row['lost']})."
+            ja += f"その中で忘れた課題が最も少ない（{row['lost']}）。"
+            en += f"Of these it forgot the fewest benchmarks ({row['lost']})."
         elif reason == "size":
-            ja += f"{LEVEL}のファイルが最も小さい（{row['bytes'][LEVEL] / 1e6:,.1f} MB）。"
-            en += f"Its {LEVEL} file is the smallest ({row['bytes'][LEVEL] / 1e6:,.1f} MB)."
+            ja += f"その中で{LEVEL}のファイルが最も小さい（{row['bytes'][LEVEL] / 1e6:,.1f} MB）。"
+            en += f"Of these its {LEVEL} file is the smallest ({row['bytes'][LEVEL] / 1e6:,.1f} MB)."
         else:
             ja, en = ja + "先に挙げられたものです。", en + "It was named first."
     if row["score"]["change"] != "gained":
