@@ -21,6 +21,7 @@ from tsugiki.adapt.forecast import forecast
 from tsugiki.adapt.launch import settled
 from tsugiki.adapt.optimum import Optimum, find_optimum
 from tsugiki.adapt.point import Lost, PointJob, point_task, read_samples
+from tsugiki.adapt.processes import PROCESSES
 from tsugiki.adapt.study import STORAGE_VARIABLE, ask_point, open_study, record_untold, refusals
 from tsugiki.artifacts import atomic_path, digest, read_json, sha256_file, write_json
 from tsugiki.bases import fingerprint
@@ -179,7 +180,7 @@ def _search(
     if not valid:
         raise UserError("an adaptive sweep reads validation samples, and there are none", where=str(file),
                         hint="Train all counts: --set sweep.search=grid")
-    if settled(settings.fit).processes > 1:
+    if (settings.fit.processes or int(os.environ.get(PROCESSES, 1))) > 1:
         console.print("  [yellow]fits in several processes are not read on the way: none is ended early, and overtraining is not seen[/]")
     fits: dict[int, int] = {}
     rounds = []
