@@ -24,7 +24,7 @@ from tsugiki.errors import UserError, raise_problems
 TASKS = Path(__file__).parent / "tasks"
 SUITES = ("culture", "neutral", "saito19", "domain")
 SHOT_SEED = 1234  # lm-eval's default
-NOT_ON_THE_HUB = (None, "json", "csv", "parquet", "text")  # a task's dataset_path that is a file format
+FORMATS = ("json", "csv", "parquet", "text")  # of files, as a task's dataset_path
 
 
 def task_files(folder: Path) -> dict[str, dict]:
@@ -126,7 +126,8 @@ class Benchmark:
             publisher's repository, where there is one), ``read``: one row a set, see :meth:`tsugiki.evaluate.data.Reading.rows`.
         """
         meta = self.metadata
-        hub_id = meta["hub_id"] if "hub_id" in meta else next(iter(self.tasks.values())).config.dataset_path
+        path = next(iter(self.tasks.values())).config.dataset_path
+        hub_id = meta["hub_id"] if "hub_id" in meta else path if _of_the_hub(path) else None
         pinned = (self.asked and self.asked.revision) or meta.get("revision") or "not pinned"
         where = {"hub_id": hub_id, "revision": pinned if hub_id else None}
         return where | {"github": meta.get("github"), "commit": meta.get("commit"), "read": self.read}
@@ -321,6 +322,11 @@ def _load(manager, name: str, files: Mapping[str, dict], revision: str | None = 
     return benchmarks
 
 
+def _of_the_hub(path: str | None) -> bool:
+    """Whether a task's ``dataset_path`` is a data set of the hub, and not files here (a folder of that name goes first)."""
+    return path is not None and path not in FORMATS and not Path(path).is_dir()
+
+
 def _pinned(manager, name: str, revision: str) -> str | dict[str, Any]:
     """A task with its hub revision. Ours read it from :func:`tsugiki.evaluate.data.reading`, others load it themselves."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -329,7 +335,7 @@ def _pinned(manager, name: str, revision: str) -> str | dict[str, Any]:
     config = load_yaml(path) if path else {}
     if config.get("custom_dataset") or (path and path.parent == TASKS):  # ours, groups of ours included
         return name
-    if not isinstance(config.get("task"), str) or config.get("dataset_path") in NOT_ON_THE_HUB:
+    if not isinstance(config.get("task"), str) or not _of_the_hub(config.get("dataset_path")):
         raise UserError("it loads no data set of the hub by itself", hint="--revision takes single tasks whose data is on the hub.")
     return config | {"dataset_kwargs": {**(config.get("dataset_kwargs") or {}), "revision": revision}}
 
@@ -341,7 +347,7 @@ def _read_by_lm_eval(tasks: Mapping[str, Any]) -> list[dict]:
     rows = {}
     for task in tasks.values():
         path = task.config.dataset_path
-        if not task.config.custom_dataset and path not in NOT_ON_THE_HUB:
+        if not task.config.custom_dataset and _of_the_hub(path):
             commits = {hub_commit(part) for part in dict(task.dataset).values()} if task.dataset else set()
             rows[path] = {"set": path, "from": "hub", "hub_id": path, "revision": commits.pop() if len(commits) == 1 else None}
     return list(rows.values())

@@ -20,6 +20,7 @@ import pytest
 from tsugiki.artifacts import digest, read_json
 from tsugiki.errors import UserError
 from tsugiki.evaluate.data import SETS, load_set, reading
+from tsugiki.evaluate.suites import load_benchmarks
 from tsugiki.quantize.convert import convert
 from tsugiki.results import read_results
 
@@ -184,13 +185,17 @@ def test_a_revision_can_be_asked_for_and_one_that_is_not_there_is_an_error(hub, 
 
 def test_a_revision_that_would_be_ignored_is_refused(console, gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "rows" / "test.jsonl"
+    rows.parent.mkdir()
     rows.write_text("".join(json.dumps(r) + "\n" for r in questions(3, "Mine")), encoding="utf-8")
-    local = MINE.replace("dataset_path: me/mine\ndataset_name: main", f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}")
-    (tmp_path / "mine.yaml").write_text(local, encoding="utf-8")
-    asked = "evaluate", "run", gguf, "--tasks", "try_mine", "--include", tmp_path
+    for name, path in (("try_file", f"json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}"), ("try_folder", str(rows.parent))):
+        task = MINE.replace("me/mine\ndataset_name: main", path).replace("try_mine", name)
+        (tmp_path / f"{name}.yaml").write_text(task, encoding="utf-8")
+    loaded, _ = load_benchmarks((), ["try_file", "try_folder"], include=[tmp_path])
+    assert [b.data() for b in loaded] == 2 * [{"hub_id": None, "revision": None, "github": None, "commit": None, "read": []}]
+    asked = "evaluate", "run", gguf, "--tasks", "try_file,try_folder", "--include", tmp_path
     for revision, said in (("other=main", "other: this task was not chosen"), ("main", "Write TASK=REV"),
-                           ("try_mine=main", "loads no data set of the hub")):  # fmt: skip
+                           ("try_file=main", "loads no data set of the hub"), ("try_folder=main", "loads no data set of the hub")):  # fmt: skip
         code, _, err = console(*asked, "--revision", revision)
         assert code == 2 and said in " ".join(err.split())
 
