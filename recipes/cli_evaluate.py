@@ -139,6 +139,7 @@ def evaluate_judge(
     show_judge(found)
     written = [out / "judge.json"]
     if run and out.parent == run:
+        run = run.resolve()  # its name is that of the folders it lies in, wherever one stands
         keep_judged(run, written[0], found, *run_name(run, read_stages(run).get("data", {})))
         written += [run.parent.parent / "results.sqlite", *(p for p in (run / "report.html",) if p.exists())]
     stdout().print(f"Written: {escape(', '.join(map(str, written)))}", soft_wrap=True)

@@ -141,6 +141,17 @@ def test_ratings_of_two_turn_answers_hold_until_the_model_is_another(judged):
     assert left() == ["base"]
 
 
+def test_a_run_may_be_named_from_where_one_stands(console, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "runs")
+    for model in SAID:
+        write_answers(run, model)
+    monkeypatch.chdir(run)
+    with judge() as url:
+        code, _, err = console("evaluate", "judge", ".", "--endpoint", url, "--model", "judge-8b")
+    assert code == 0, err
+    assert {r["run"] for r in read_results(tmp_path / "runs" / "results.sqlite")} == {"setsubi/tiny-llama"}
+
+
 def test_a_run_that_no_judge_has_seen_has_no_such_section(tmp_path):
     run = write_run(tmp_path)
     write_report(run)
