@@ -128,7 +128,8 @@ def _config_folder(name: str, bases: dict) -> Path:
     try:
         return Path(hf_hub_download(base.hub_id, "config.json", revision=base.revision)).parent
     except Exception as error:
-        raise UserError(f"the configuration of {name} cannot be had from {base.hub_id}: {str(error).splitlines()[0]}",
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the configuration of {name} cannot be had from {base.hub_id}: {said}",
                         hint="Give a folder with its config.json: --base FOLDER") from error
 
 

@@ -395,6 +395,15 @@ def test_the_command_says_what_to_set(folder, monkeypatch, capsys):
     assert fit.micro_batch == int(re.search(r"micro-batch (\d+) of 16", out)[1])
 
 
+def test_a_hub_that_says_nothing_is_a_sentence(console, monkeypatch):
+    def silent(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", silent)
+    code, _, err = console("adapt", "plan", "--base", "swallow-8b")
+    assert code == 2 and "the configuration of swallow-8b cannot be had" in err and "TimeoutError" in err
+
+
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * GIB), ("23.5 GiB", int(23.5 * GIB)), ("7800MiB", 7800 * 2**20), ("24", 24 * GIB)])
 def test_a_card_is_named_as_its_maker_names_it(text, size):
     assert card_bytes(text) == size
