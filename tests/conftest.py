@@ -1,5 +1,6 @@
-"""For all tests: Ctrl-C reaches child processes even where the tests were started in the background, with it ignored."""
+"""For all tests: Ctrl-C reaches child processes even where the tests were started in the background, with it ignored; no team's database."""
 
+import os
 import signal
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("TSUGIKI_STORAGE", None)  # else sweeps of tests were kept in it
 
 
 @pytest.fixture
