@@ -92,7 +92,7 @@ def _suites(metadata: Mapping) -> list[str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """By what a task was loaded, so that another process can load it too."""
+    """By what a task was loaded, so that another process can load it too, wherever it runs: paths are absolute."""
 
     name: str
     include: tuple[Path, ...]
@@ -205,7 +205,8 @@ def _load_all(
                 raise _NotHere(f"{name} runs code that the model writes: it needs --allow-code, and then runs it in a sandbox")
             if unsafe:
                 _see_the_sandbox(name)
-            asked = Asked(name, tuple(include), revisions.get(name))
+            own = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+            asked = Asked(own, tuple(Path(p).resolve() for p in include), revisions.get(name))
             found += [replace(benchmark, asked=asked) for benchmark in loaded]
         except _NotHere as error:
             if name in named:

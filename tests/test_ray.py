@@ -339,7 +339,9 @@ def test_a_run_that_goes_on_gives_tasks_the_requests_finished_before_in_a_file_t
         (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path / "rows.jsonl")).replace("NAME", name), encoding="utf-8")
     convert(BASE, tmp_path / "one.gguf")
     models = find_models([str(tmp_path / "one.gguf")])
-    benchmarks, _ = load_benchmarks((), ["options", "answers"], include=[tmp_path])
+    monkeypatch.chdir(tmp_path)
+    benchmarks, _ = load_benchmarks((), ["options", "answers.yaml"], include=[Path(".")])
+    monkeypatch.chdir(tmp_path.parent)  # a node's workers are elsewhere
     run_benchmarks(models, benchmarks, BenchmarkSettings(limit=2, n_gpu_layers=0), out=tmp_path / "out")
     before = kept(tmp_path / "out")
 
