@@ -324,7 +324,7 @@ def _load_tokenizer(source: str | Path, engine: Engine):
     try:
         tokenizer = load_tokenizer(source) if Path(source).is_dir() else AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded: {str(error).splitlines()[0]}", where=str(source)) from error
+        raise UserError(f"no tokenizer can be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}", where=str(source)) from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= engine.vocab_size:
         raise UserError(

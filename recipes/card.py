@@ -12,7 +12,7 @@ from tsugiki.artifacts import write_text
 from tsugiki.bases import Base
 from tsugiki.recipes.summary import level_rows, read_stages
 
-SHOWN = ("rank", "alpha", "learning_rate", "epochs", "batch_size", "four_bit")
+SHOWN = ("rank", "alpha", "rslora", "dora", "learning_rate", "epochs", "batch_size", "four_bit")
 CARD_LICENCES = {"apache-2.0", "mit", "llama3", "llama3.1", "llama3.2", "gemma", "cc-by-4.0", "cc-by-sa-4.0"}
 
 
@@ -48,7 +48,7 @@ def write_card(run_dir: Path, summary: dict, base: Base) -> Path:
         title={"en": title.get("en") or summary["domain"], "ja": title.get("ja") or summary["domain"]},
         base_id=base.hub_id or base.name, base_revision=base.revision, base_licence=licence, obligations=base.obligations, version=tsugiki.__version__,
         data={"licence": None, "credit": None, "system": None} | data, samples=summary["samples"],
-        kept=(sweep.get("kept") or {}).get("n"), settings=", ".join(f"{k} {fit[k]}" for k in SHOWN if fit.get(k) is not None),
+        kept=(sweep.get("kept") or {}).get("n"), settings=", ".join(f"{k} {fit[k]}" for k in SHOWN if fit.get(k) not in (None, False)),
         points=sweep.get("points", []), optimum=sweep.get("optimum"), base_nll=(sweep.get("base") or {}).get("nll"),
         levels=levels, scoring=stages.get("evaluate", {}).get("scoring", "score"), benchmarks=summary["benchmarks"],
         parity=summary["parity"], size=_size,
