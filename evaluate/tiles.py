@@ -7,6 +7,7 @@ https://github.com/ggml-org/llama.cpp/issues/20824, and a mending since 2026-08,
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 import gguf
@@ -20,8 +21,14 @@ _SLOWER = {gguf.GGMLQuantizationType[n] for n in ("F16", "Q6_K")}
 
 
 def tiles_work() -> bool:
-    """Whether llama.cpp was compiled with the mended instructions (on a CPU with AMX)."""
-    return hasattr(_bindings._lib, "tsugiki_tiles")
+    """Whether llama.cpp was compiled with the mended instructions (on a CPU with AMX).
+
+    Version 1 of them, a day old when version 2 came, lost its tiles to whatever else used them in the same thread.
+    """
+    try:
+        return ctypes.c_int.in_dll(_bindings._lib, "tsugiki_tiles").value >= 2
+    except ValueError:  # not there
+        return False
 
 
 def tiles_pay(kinds: Iterable[int]) -> bool:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -92,3 +93,27 @@ def test_a_prompt_on_quantized_weights_neither_crashes_nor_differs_by_batch(tmp_
 
     p, q = log_softmax(one), log_softmax(many)
     assert (np.exp(p) * (p - q)).sum(axis=1).mean() < 1e-4, tiles_work()
+
+
+def test_tiles_that_torch_used_in_the_same_thread_are_configured_again(tmp_path):
+    """torch multiplies bfloat16 in tiles and gives them back; llama.cpp alone would end in an illegal instruction."""
+    convert(ROOT / "recipes" / "bases" / "tiny-llama", tmp_path / "f16.gguf")
+    make_level(tmp_path / "f16.gguf", "Q8_0", tmp_path / "level.gguf")
+    (tmp_path / "run.py").write_text("""
+import sys
+import numpy as np
+import torch
+from tsugiki.evaluate.engine import Engine
+
+def answer():
+    with Engine(sys.argv[1], n_threads=1, n_ctx=128, n_seq_max=1) as engine:
+        return engine.decode(list(range(100, 164)), range(64), 0, [1] * 64).copy()
+
+torch.set_num_threads(1)
+before = answer()
+matrix = torch.ones(512, 512, dtype=torch.bfloat16)
+torch.nn.functional.linear(matrix, matrix)
+print(np.array_equal(before, answer()))
+""")
+    done = subprocess.run([sys.executable, "-P", tmp_path / "run.py", tmp_path / "level.gguf"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
