@@ -45,7 +45,7 @@ scale: setup  ## score against compute: published models and yours, laws and fig
 	@$(BIN)/tsugiki evaluate scaling --runs "$(RUNS)" $(if $(SCORES),--scores "$(SCORES)")
 
 test: setup  ## run the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup  ## check style
 	@$(BIN)/ruff check .

@@ -331,22 +331,27 @@ def show_bases(path: Path) -> None:
     def between(interval: list[float] | None, form: str, by: float = 1.0) -> str:
         return f"{by * interval[0]:{form}} – {by * interval[1]:{form}}" if interval else "–"
 
-    table = plain_table(f"{found['samples']['n']:,} samples, {found['answered']} test items, {len(found['seeds'])} seed(s)", "base", "rank",
-                        found["scoring"], "95 % interval", "before", "rank", "bits/char", "95 % interval", "before", numbers=True)
-    cost = plain_table("What it costs", "base", unit, "memory MB", "F16 MB", f"{level} MB", "s/answer", "tokens", "operations", "lost/gained", numbers=True)
+    out.print(f"{found['samples']['n']:,} samples, {found['answered']} test items, {len(found['seeds'])} seed(s)")
+    tables = []  # narrow ones: eighty columns hold each whole
+    for key, title in (("score", found["scoring"]), ("bits", "Bits per character")):
+        table = plain_table(title, "base", "rank", "after", "95 % interval", "before", numbers=True)
+        for r in found["bases"]:
+            table.add_row(r["name"], str(r[f"rank_{key}"]), f"{r[key]['after']:.3f}", between(r[key]["after_ci"], ".3f"), f"{r[key]['before']:.3f}",
+                          style="bold" if r["name"] == best else None)
+        tables.append(table)
+    for key, title, form, by in (("score", "score, points", "+.1f", 100), ("bits", "bits per character", "+.3f", 1)):
+        table = plain_table(f"Pair by pair, {title}; together at {found['confidence']:.0%}", "first − second", "difference", "interval", "better", numbers=True)
+        for p in found["pairs"]:
+            table.add_row(f"{p['first']} − {p['second']}", f"{by * p[key]['difference']:{form}}", between(p[key]["ci"], form, by), p[key]["better"] or "open")
+        tables.append(table)
+    cost = plain_table("What it costs", "base", unit, "memory MB", "F16 MB", f"{level} MB", "s/answer", numbers=True)
+    budget = plain_table("Budget and forgetting", "base", "tokens", "operations", "lost / gained", numbers=True)
     for r in found["bases"]:
-        score, bits = r["score"], r["bits"]
-        table.add_row(r["name"], str(r["rank_score"]), f"{score['after']:.3f}", between(score["after_ci"], ".3f"), f"{score['before']:.3f}",
-                      str(r["rank_bits"]), f"{bits['after']:.3f}", between(bits["after_ci"], ".3f"), f"{bits['before']:.3f}", style="bold" if r["name"] == best else None)
-        cost.add_row(r["name"], f"{r['cost']['hours']:.4f}", f"{r['cost']['peak_memory'] / 1e6:,.0f}", f"{r['bytes']['F16'] / 1e6:,.1f}", f"{r['bytes'][level] / 1e6:,.1f}",
-                     f"{r['speed']['seconds_per_answer']:.3f}", f"{r['budget']['tokens']:,}", number_text(r["budget"]["flops"], ".2e"),
-                     f"{r['lost']} / {r['gained']}" if r["forgetting"] else "–")
-    pairs = plain_table(f"Pair by pair, together at {found['confidence']:.0%}", "first − second", "score, points", "interval", "better", "bits/char", "interval", "better", numbers=True)
-    for p in found["pairs"]:
-        pairs.add_row(f"{p['first']} − {p['second']}", f"{100 * p['score']['difference']:+.1f}", between(p["score"]["ci"], "+.1f", 100), p["score"]["better"] or "open",
-                      f"{p['bits']['difference']:+.3f}", between(p["bits"]["ci"], "+.3f"), p["bits"]["better"] or "open")
-    for part in (table, pairs, cost):
-        out.print(part)
+        cost.add_row(r["name"], f"{r['cost']['hours']:.4f}", f"{r['cost']['peak_memory'] / 1e6:,.0f}", f"{r['bytes']['F16'] / 1e6:,.1f}",
+                     f"{r['bytes'][level] / 1e6:,.1f}", f"{r['speed']['seconds_per_answer']:.3f}")
+        budget.add_row(r["name"], f"{r['budget']['tokens']:,}", number_text(r["budget"]["flops"], ".2e"), f"{r['lost']} / {r['gained']}" if r["forgetting"] else "–")
+    for table in (*tables, cost, budget):
+        out.print(table)
     if len(found["seeds"]) == 1:
         out.print("One seed: how much another one would change was not measured (--seeds 0,1,2 measures it).")
     out.print(f"Take [bold]{escape(best)}[/]: {escape(found['recommended']['why']['en'].removeprefix(f'{best}: '))}")

@@ -280,14 +280,17 @@ def test_names_and_reasons_cannot_break_out_of_the_page(found):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
-def test_the_command_prints_what_to_take(compared, console, capsys, domain):
+def test_the_command_prints_what_to_take_whole_in_eighty_columns(compared, capsys, monkeypatch):
     from tsugiki.recipes.cli import show_bases
 
+    monkeypatch.setenv("COLUMNS", "80")
     show_bases(compared)
     text = capsys.readouterr().out
     best = read_json(compared)["recommended"]["base"]
     assert f"Take {best}: " in text and ("core-hours" in text or "GPU-hours" in text)
-    assert all(name in text for name in NAMES)
+    for base in read_json(compared)["bases"]:
+        assert base["name"] in NAMES and text.count(f"\n{base['name']} ") >= 4
+        assert f"{base['score']['after_ci'][0]:.3f} – {base['score']['after_ci'][1]:.3f}" in text and f"{base['budget']['tokens']:,}" in text
 
 
 def test_a_runs_report_links_to_the_page_that_is_there(tmp_path):

@@ -228,7 +228,7 @@ def test_killed_at_any_moment_it_finishes_without_redoing_what_was_done(tmp_path
     inside = folder / "runs" / "mine" / "tiny-llama"
     done: dict[str, tuple] = {}
     points: dict[str, int] = {}
-    for moment in ("sweep/progress", ".gguf.new", ".check.new"):
+    for moment in ("sweep/study.sqlite3", ".gguf.new", ".check.new"):
         process = start(folder)
         wait_for(process, inside / moment)
         time.sleep(chance.uniform(0, 1.5))
@@ -260,7 +260,7 @@ def is_alive(group: int) -> bool:
 def test_ctrl_c_ends_with_a_sentence_and_leaves_no_process(tmp_path):
     folder = new_folder(tmp_path)
     process = start(folder)
-    wait_for(process, folder / "runs/mine/tiny-llama/sweep/progress")
+    wait_for(process, folder / "runs/mine/tiny-llama/sweep/study.sqlite3")
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
