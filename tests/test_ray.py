@@ -68,7 +68,7 @@ def refused(log, threads, progress_file):
 def wrong(threads, progress_file):
     return {}["absent"]
 
-def library(threads, progress_file):
+def found_evaluate(threads, progress_file):
     from importlib.util import find_spec
     return find_spec("evaluate").origin
 """
@@ -126,7 +126,7 @@ def test_auto_starts_a_cluster_that_only_this_machine_reaches_and_that_ends_with
         "import psutil\nfrom tsugiki.cluster import connected\nfrom tsugiki.pool import Task, run_tasks\n"
         "import calls_on_ray\n"
         "with connected('auto'):\n"
-        "    print(next(run_tasks([Task('library', calls_on_ray.library, ())], 1))[1])\n"
+        "    print(next(run_tasks([Task('evaluate', calls_on_ray.found_evaluate, ())], 1))[1])\n"
         "    import ray\n"
         "    print({n['NodeManagerAddress'] for n in ray.nodes()})\n"
         "    family = psutil.Process().children(recursive=True)\n"
@@ -140,8 +140,8 @@ def test_auto_starts_a_cluster_that_only_this_machine_reaches_and_that_ends_with
         env = {k: v for k, v in os.environ.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} | places
         done = subprocess.run([sys.executable, tmp_path / "run.py"], env=env, cwd=BASE.parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    library, nodes, listening, left = done.stdout.splitlines()[-4:]
-    assert "site-packages" in library  # our folder `evaluate`, in the working directory, does not hide it
+    found, nodes, listening, left = done.stdout.splitlines()[-4:]
+    assert "site-packages" in found  # our folder `evaluate`, in the working directory, does not hide it
     assert (nodes, listening, left) == ("{'127.0.0.1'}", "{'127.0.0.1'}", "[]")
 
 
